@@ -1,0 +1,150 @@
+"""What several commands share: options, consoles, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from longrope_export.config import LongRopeConfig
+    from longrope_export.models.model import Model
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
+OUTPUT_PATH = click.Path(path_type=Path)
+
+
+def model_options(command: F) -> F:
+    """MODEL and how a hub id is fetched."""
+    for decorate in (
+        click.option("--local-files-only", is_flag=True, help="Never ask the hub."),
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        click.argument("model"),
+    ):
+        command = decorate(command)
+    return command
+
+
+def factor_options(command: F) -> F:
+    """Where existing factors are read from."""
+    for decorate in (
+        click.option(
+            "--tier",
+            "tiers",
+            multiple=True,
+            metavar="LENGTH=FILE.csv",
+            help="A CSV of microsoft/LongRoPE for one tier; repeat it for a ladder.",
+        ),
+        click.option(
+            "--factors",
+            type=click.Path(path_type=Path),
+            help="Factors: our JSON, a config.json or its rope block, or a GGUF.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def given_factors(
+    factors: Path | None,
+    tiers: tuple[str, ...],
+    model: Model,
+    switch: str | None = None,
+    attention: str = "longrope",
+) -> LongRopeConfig | None:
+    """What --factors or --tier name, checked against the model; None without either.
+
+    Args:
+        switch: overrides the rule at a tier border that the file states.
+        attention: attention factor of CSV tiers, which state none.
+
+    Raises:
+        LongRopeError: both are given, a tier is not LENGTH=FILE, or the file does not fit.
+    """
+    from longrope_export.config import SwitchPolicy
+    from longrope_export.errors import FactorFileError
+    from longrope_export.factor_files import read_csv_ladder, read_factors
+
+    if factors is not None and tiers:
+        raise FactorFileError("--factors and --tier are two ways to say the same: give one")
+    if tiers:
+        files: dict[int, Path] = {}
+        for tier in tiers:
+            length, _, name = tier.partition("=")
+            if not length.isdecimal() or not name:
+                raise FactorFileError(f"--tier {tier}: expected LENGTH=FILE.csv, as 4096=4k.csv")
+            if int(length) in files:
+                raise FactorFileError(f"--tier {tier}: length {length} is given twice")
+            files[int(length)] = Path(name)
+        return read_csv_ladder(
+            files, model, switch=SwitchPolicy(switch or "causal"), attention=attention
+        )
+    if factors is None:
+        return None
+    config = read_factors(factors, model)
+    return config if switch is None else replace(config, switch=SwitchPolicy(switch))
+
+
+def json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
+
+
+def force_option(command: F) -> F:
+    return click.option("-f", "--force", is_flag=True, help="Replace an existing output.")(command)
+
+
+def is_quiet() -> bool:
+    """True if -q stands before the command."""
+    root = click.get_current_context().find_root()
+    return bool(root.params.get("quiet"))
+
+
+def is_verbose() -> bool:
+    root = click.get_current_context().find_root()
+    return bool(root.params.get("verbose"))
+
+
+def say(message: str) -> None:
+    """A line for people, on stderr, silent under -q."""
+    if not is_quiet():
+        click.echo(message, err=True)
+
+
+def print_json(values: Any) -> None:
+    click.echo(json.dumps(values, indent=2))
+
+
+@contextlib.contextmanager
+def byte_progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that is told of finished bytes; shown only on a terminal."""
+    if is_quiet() or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=total_bytes)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,346 @@
+"""Read factors from every known shape, write them in one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ConfigError, FactorFileError, LongRopeError
+from longrope_export.gguf_format import MAGIC, read_header
+from longrope_export.ladder import attention_factor
+from longrope_export.models.families import family_of_hf
+from longrope_export.models.hf_config import HfConfig, read_json_object, rope_block
+from longrope_export.models.model import Model, check_fits
+from longrope_export.models.native import native_of_gguf, native_of_hf
+from longrope_export.outputs import write_text
+
+FORMAT = "longrope-factors"
+VERSION = 1
+MAX_FILE_BYTES = 256 << 20
+_CONFIG_FIELDS = (
+    "rope_theta",
+    "rotary_dim",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+    "switch",
+    "layers",
+    "provenance",
+)
+_TIER_FIELDS = ("max_length", "rescale_factors", "num_start_tokens", "attention_factor")
+
+
+def to_json(config: LongRopeConfig) -> dict[str, Any]:
+    """The config as JSON values, in the published shape (docs/longrope-factors.schema.json)."""
+    scaling = config.logit_scaling
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "rope_theta": config.rope_theta,
+        "rotary_dim": config.rotary_dim,
+        "original_max_position_embeddings": config.original_max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "switch": config.switch.value,
+        "logit_scaling": None
+        if scaling is None
+        else {
+            "type": "log",
+            "base_length": scaling.base_length,
+            "exempt_layers": list(scaling.exempt_layers),
+        },
+        "layers": None if config.layers is None else list(config.layers),
+        "tiers": [
+            {
+                "max_length": tier.max_length,
+                "num_start_tokens": tier.num_start_tokens,
+                "attention_factor": tier.attention_factor,
+                "rescale_factors": list(tier.rescale_factors),
+            }
+            for tier in config.tiers
+        ],
+        "provenance": dict(config.provenance),
+    }
+
+
+def from_json(values: Mapping[str, Any], source: str) -> LongRopeConfig:
+    """Read the published shape; unknown fields are refused, since they would be ignored.
+
+    Raises:
+        FactorFileError: naming the field.
+    """
+    if values.get("version") != VERSION:
+        raise FactorFileError(
+            f"{source}: version is {values.get('version')!r}, this tool reads {VERSION}"
+        )
+    _refuse_unknown(
+        values, {*_CONFIG_FIELDS, "format", "version", "tiers", "logit_scaling"}, source
+    )
+    fields = {name: values[name] for name in _CONFIG_FIELDS if name in values}
+    try:
+        tiers = _read_tiers(values.get("tiers"), source)
+        scaling = _read_scaling(values.get("logit_scaling"), source)
+        return LongRopeConfig(tiers=tiers, logit_scaling=scaling, **fields)
+    except (ConfigError, ValueError) as error:
+        raise FactorFileError(f"{source}: {error}") from error
+    except TypeError as error:
+        missing = [name for name in _CONFIG_FIELDS[:4] if name not in values]
+        detail = f"missing {', '.join(missing)}" if missing else str(error)
+        raise FactorFileError(f"{source}: {detail}") from error
+
+
+def write_factors(config: LongRopeConfig, output: Path) -> None:
+    """Write the published JSON shape; factors keep every digit."""
+    write_text(output, dump_factors(config))
+
+
+def dump_factors(config: LongRopeConfig) -> str:
+    """The published shape as text: one line per tier, so that a ladder stays readable."""
+    values = to_json(config)
+    tiers = ",\n    ".join(json.dumps(tier) for tier in values.pop("tiers"))
+    head = json.dumps(values, indent=2)
+    return f'{head[:-2]},\n  "tiers": [\n    {tiers}\n  ]\n}}\n'
+
+
+def read_factors(path: Path, model: Model | None = None) -> LongRopeConfig:
+    """Read a factors file of any known shape but CSV (see read_csv_ladder) and check the fit.
+
+    Known are: our JSON; a config.json or its bare rope_scaling / rope_parameters block; a GGUF.
+
+    Args:
+        model: the model that the factors are for; a bare block needs it for what it leaves out.
+
+    Raises:
+        FactorFileError: naming file, field, expected, got, and what to do.
+    """
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise FactorFileError(f"{path}: no such factors file")
+    if path.suffix.lower() == ".csv":
+        raise FactorFileError(
+            f"{path}: a CSV does not say for which length it is: use --tier LENGTH={path.name}, "
+            f"for example --tier 131072={path.name}"
+        )
+    try:
+        config = _read_gguf(path) if _starts_with(path, MAGIC) else _read_json(path, model)
+    except FactorFileError:
+        raise
+    except LongRopeError as error:
+        raise FactorFileError(str(error)) from error
+    if model is not None:
+        check_fits(config, model, str(path))
+    return config
+
+
+def read_csv_ladder(
+    files: Mapping[int, Path],
+    model: Model,
+    *,
+    switch: SwitchPolicy = SwitchPolicy.CAUSAL,
+    attention: str = "longrope",
+) -> LongRopeConfig:
+    """microsoft/LongRoPE CSV files, one per tier length, as one config.
+
+    The files hold no attention factor; the authors' code uses the longrope formula for the ratio
+    of the tier's length to the trained window.
+
+    Args:
+        files: tier length in tokens (inclusive) -> CSV file.
+        attention: "longrope", "yarn", "none" or a number as text.
+
+    Raises:
+        FactorFileError: naming file and row.
+    """
+    window = model.native.original_max_position_embeddings
+    pairs = model.native.num_pairs
+    tiers = []
+    for length, path in sorted(files.items()):
+        start, factors = read_csv(path, pairs)
+        scale = attention_factor(attention, length / window, window, 1.0)
+        tiers.append(_tier(path, length, factors, start, scale))
+    try:
+        return LongRopeConfig(
+            rope_theta=model.native.rope_theta,
+            rotary_dim=model.native.rotary_dim,
+            original_max_position_embeddings=window,
+            max_position_embeddings=tiers[-1].max_length,
+            tiers=tuple(tiers),
+            switch=switch,
+            layers=model.native.layers,
+            provenance={
+                "method": "csv",
+                "files": {str(length): path.name for length, path in sorted(files.items())},
+                "attention": attention,
+                "model_fingerprint": model.fingerprint,
+            },
+        )
+    except ConfigError as error:
+        raise FactorFileError(
+            f"{', '.join(str(path) for path in files.values())}: {error}"
+        ) from error
+
+
+def read_csv(path: Path, pairs: int) -> tuple[int, tuple[float, ...]]:
+    """One CSV of the LongRoPE authors: (number of start tokens, factors).
+
+    Known are one value per line, `pairs` of them, or `pairs` + 1 with the start-token count first
+    (the dim_mono_n kind), and a table of layers x pairs whose rows must be equal.
+
+    Raises:
+        FactorFileError: another shape, text that is no number, rows that differ.
+    """
+    table = _read_table(path)
+    if table.shape[1] == 1:
+        values = table[:, 0]
+    else:
+        differing = np.flatnonzero((table != table[0]).any(axis=1))
+        if len(differing):
+            raise FactorFileError(
+                f"{path}: row {differing[0] + 1} differs from row 1: factors per layer cannot be "
+                f"expressed by any target; expected equal rows"
+            )
+        values = table[0]
+    start = 0
+    if len(values) == pairs + 1:
+        if values[0] < 0 or values[0] != int(values[0]):
+            raise FactorFileError(
+                f"{path}: {pairs + 1} values, so the first is a start-token count, "
+                f"but it is {values[0]:g}"
+            )
+        start, values = int(values[0]), values[1:]
+    if len(values) != pairs:
+        raise FactorFileError(
+            f"{path}: {len(values)} factors, expected rotary_dim / 2 = {pairs} for this model "
+            f"(or {pairs + 1} with the start-token count first)"
+        )
+    return start, tuple(float(value) for value in values)
+
+
+def _read_table(path: Path) -> npt.NDArray[np.float64]:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise FactorFileError(f"{path}: too large for a factors file")
+        rows = [
+            [float(cell) for cell in line.split(",")]
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
+        ]
+    except OSError as error:
+        raise FactorFileError(f"{path}: cannot read: {error.strerror}") from error
+    except ValueError as error:
+        raise FactorFileError(f"{path}: not a CSV of numbers: {error}") from error
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise FactorFileError(f"{path}: expected rows of equal length, at least one")
+    return np.asarray(rows, dtype=np.float64)
+
+
+def _tier(
+    path: Path, length: int, factors: Sequence[float], start: int, scale: float
+) -> FactorTier:
+    try:
+        return FactorTier(length, tuple(factors), start, scale)
+    except ConfigError as error:
+        raise FactorFileError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path, model: Model | None) -> LongRopeConfig:
+    values = read_json_object(path)
+    if values.get("format") == FORMAT:
+        return from_json(values, str(path))
+    if "short_factor" in values or "rope_type" in values or "type" in values:
+        values = {"rope_scaling": values}
+    if not rope_block(values):
+        raise FactorFileError(
+            f"{path}: no factors in it: expected format {FORMAT!r}, or a config.json with "
+            f"rope_scaling or rope_parameters, or such a block alone"
+        )
+    return _read_hf_block(path, values, model)
+
+
+def _read_hf_block(path: Path, values: dict[str, Any], model: Model | None) -> LongRopeConfig:
+    """transformers' spelling; what a bare block leaves out is taken from the model."""
+    if "hidden_size" not in values and "head_dim" not in values and "text_config" not in values:
+        if model is None:
+            raise FactorFileError(
+                f"{path}: a bare rope block leaves out theta and head size: name the model too"
+            )
+        block = rope_block(values)
+        values = {
+            "rope_theta": model.native.rope_theta,
+            "head_dim": model.head_dim,
+            "partial_rotary_factor": model.native.rotary_dim / model.head_dim,
+            "num_hidden_layers": model.num_layers,
+            "max_position_embeddings": _block_target(path, block, model),
+            "original_max_position_embeddings": block.get(
+                "original_max_position_embeddings", model.window
+            ),
+            "rope_scaling": block,
+        }
+    family = family_of_hf(values.get("model_type"), list(values.get("architectures") or []))
+    config = native_of_hf(HfConfig(path.parent, family, values))
+    return replace(config, provenance={"method": "file", "file": path.name})
+
+
+def _block_target(path: Path, block: Mapping[str, Any], model: Model) -> int:
+    factor = block.get("factor")
+    window = block.get("original_max_position_embeddings", model.window)
+    if isinstance(factor, int | float) and isinstance(window, int) and factor > 1:
+        return round(window * factor)
+    raise FactorFileError(
+        f"{path}: a bare rope block without `factor` does not say the target length: add "
+        f'"factor": target / window, or use the whole config.json'
+    )
+
+
+def _read_gguf(path: Path) -> LongRopeConfig:
+    return native_of_gguf(read_header(path))
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _read_tiers(values: Any, source: str) -> tuple[FactorTier, ...]:
+    if not isinstance(values, list):
+        raise FactorFileError(f"{source}: tiers must be a list, got {type(values).__name__}")
+    tiers = []
+    for index, value in enumerate(values):
+        where = f"{source}: tiers[{index}]"
+        if not isinstance(value, dict):
+            raise FactorFileError(f"{where}: expected an object, got {type(value).__name__}")
+        _refuse_unknown(value, set(_TIER_FIELDS), where)
+        factors = value.get("rescale_factors")
+        if not isinstance(factors, list):
+            raise FactorFileError(f"{where}: rescale_factors must be a list of numbers")
+        if "max_length" not in value:
+            raise FactorFileError(f"{where}: max_length is missing")
+        try:
+            tiers.append(FactorTier(**{**value, "rescale_factors": tuple(factors)}))
+        except ConfigError as error:
+            raise FactorFileError(f"{where}: {error}") from error
+    return tuple(tiers)
+
+
+def _read_scaling(value: Any, source: str) -> LogitScaling | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.get("type") != "log":
+        raise FactorFileError(f"{source}: logit_scaling must be null or an object of type 'log'")
+    _refuse_unknown(value, {"type", "base_length", "exempt_layers"}, f"{source}: logit_scaling")
+    return LogitScaling(value.get("base_length", 0), tuple(value.get("exempt_layers", ())))
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise FactorFileError(
+            f"{where}: unknown field {', '.join(unknown)}: it would be ignored; known are "
+            f"{', '.join(sorted(known))}"
+        )
