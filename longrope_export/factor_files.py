@@ -237,7 +237,13 @@ def _read_table(path: Path) -> npt.NDArray[np.float64]:
         raise FactorFileError(f"{path}: not a CSV of numbers: {error}") from error
     if not rows or len({len(row) for row in rows}) != 1:
         raise FactorFileError(f"{path}: expected rows of equal length, at least one")
-    return np.asarray(rows, dtype=np.float64)
+    table = np.asarray(rows, dtype=np.float64)
+    if not np.isfinite(table).all():
+        row, column = np.argwhere(~np.isfinite(table))[0]
+        raise FactorFileError(
+            f"{path}: row {row + 1}, column {column + 1} is {table[row, column]}, expected a number"
+        )
+    return table
 
 
 def _tier(

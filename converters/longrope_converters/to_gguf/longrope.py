@@ -1,0 +1,58 @@
+"""Put a LongRopeConfig into a plan, or work out the edits that put it into an existing file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gguf.constants import GGMLQuantizationType
+
+from longrope_converters.to_gguf.bake import HeaderEdit
+from longrope_converters.to_gguf.plan import GgufPlan, PlannedTensor
+from longrope_export.config import LongRopeConfig
+from longrope_export.errors import UnsupportedError
+from longrope_export.gguf_format import GgufHeader
+from longrope_export.gguf_keys import LLAMA3_TENSOR, SHORT_TENSOR, encode_config
+
+
+def edit_for(header: GgufHeader, config: LongRopeConfig) -> HeaderEdit:
+    """The edit that gives a file these factors, whatever factors it had before.
+
+    Llama 3's rope_freqs.weight makes room for the short factors: stock llama.cpp would prefer it
+    to both sets, and refuse the file for a tensor that it did not expect.
+
+    Raises:
+        UnsupportedError: the file holds rope_freqs.weight beside other factor tensors.
+    """
+    encoded = encode_config(config, header.architecture)
+    present = {info.name for info in header.tensors}
+    replaced = {name: name for name in encoded.tensors if name in present}
+    if encoded.tensors and LLAMA3_TENSOR in present:
+        if replaced:
+            raise UnsupportedError(
+                f"{header.path}: holds {LLAMA3_TENSOR} and {', '.join(replaced)}; stock llama.cpp "
+                f"loads no such file, and neither can it be baked"
+            )
+        replaced[LLAMA3_TENSOR] = SHORT_TENSOR
+    return HeaderEdit(encoded.set_keys, encoded.remove_keys, encoded.tensors, replaced)
+
+
+def add_to_plan(plan: GgufPlan, config: LongRopeConfig) -> GgufPlan:
+    """A plan without rope scaling, with the keys and factor tensors of `config` added.
+
+    The factor tensors come first, where llama.cpp's own converter puts them.
+    """
+    architecture = next(
+        str(entry.value) for entry in plan.key_values if entry.key == "general.architecture"
+    )
+    encoded = encode_config(config, architecture)
+    replaced = {entry.key: entry for entry in encoded.set_keys}
+    kept = [
+        replaced.pop(entry.key, entry)
+        for entry in plan.key_values
+        if entry.key not in encoded.remove_keys
+    ]
+    factors = tuple(
+        PlannedTensor(name, values, GGMLQuantizationType.F32)
+        for name, values in encoded.tensors.items()
+    )
+    return replace(plan, key_values=(*kept, *replaced.values()), tensors=factors + plan.tensors)

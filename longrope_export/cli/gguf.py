@@ -1,0 +1,122 @@
+"""`longrope-export gguf`: a GGUF with the factors baked in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from longrope_export.cli.common import (
+    CONTEXT_SETTINGS,
+    OUTPUT_PATH,
+    byte_progress,
+    factor_options,
+    force_option,
+    given_factors,
+    json_option,
+    model_options,
+    print_json,
+    say,
+)
+
+
+@click.command(context_settings=CONTEXT_SETTINGS)
+@model_options
+@factor_options
+@click.option("--switch", type=click.Choice(["causal", "sequence"]), help="Override the file's.")
+@click.option("-o", "--output", type=OUTPUT_PATH, help="GGUF file [beside MODEL].")
+@click.option(
+    "--outtype",
+    type=str.lower,
+    help="f32, f16, bf16, q8_0, auto, or any type of llama-quantize (q4_k_m ...). "
+    "[folder: auto; GGUF: tensors stay as they are]",
+)
+@click.option("--pre", help="Name of the BPE pre-tokenizer, where its hash is unknown.")
+@click.option("--model-name", "name", help="general.name of the output.")
+@click.option("--threads", type=click.IntRange(min=1), help="Worker threads [CPUs, at most 8].")
+@click.option(
+    "--in-place",
+    is_flag=True,
+    help="Edit the GGUF MODEL itself: fast, no second copy, but not safe against a crash.",
+)
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Let llama.cpp's converter run code from the model folder (other architectures only).",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@force_option
+@json_option
+def command(
+    model: str,
+    revision: str | None,
+    local_files_only: bool,
+    factors: Path | None,
+    tiers: tuple[str, ...],
+    switch: str | None,
+    output: Path | None,
+    outtype: str | None,
+    pre: str | None,
+    name: str | None,
+    threads: int | None,
+    in_place: bool,
+    trust_remote_code: bool,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write a GGUF with the factors baked in.
+
+    MODEL is a Hugging Face folder, a GGUF (only its header is rewritten, tensors stay byte for
+    byte), or a hub id. Without factors, what the source itself declares is carried over.
+
+    \b
+    longrope-export gguf model/ --factors f.json -o model.gguf --outtype q8_0
+    longrope-export gguf model.gguf --factors f.json -o model-32k.gguf
+    longrope-export gguf model.gguf --factors f.json --in-place
+    longrope-export gguf model/ --tier 4096=4k.csv --tier 131072=128k.csv -o model.gguf
+    """
+    from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions, find_inputs
+    from longrope_export.errors import UnsupportedError
+    from longrope_export.models.model import ModelKind, find_model, load_model
+    from longrope_export.outputs import check_output
+
+    source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    config = given_factors(factors, tiers, source, switch)
+    if in_place and output is not None:
+        raise UnsupportedError("--in-place writes to MODEL itself: leave out -o")
+    if in_place and config is None:
+        raise UnsupportedError("--in-place needs --factors or --tier")
+    target = output or _default_output(source.path, outtype, is_file=source.kind is ModelKind.GGUF)
+    options = GgufOptions(outtype, pre, name, threads, force, in_place, trust_remote_code)
+    converter = GgufConverter(options)
+    converter.check(source, config)
+    if not in_place:
+        for path in converter.outputs(source, target):
+            check_output(path, [*find_inputs(source), *([factors] if factors else [])], force=force)
+    if dry_run:
+        say(f"{target}: would be written from {source.path}")
+        return
+    total = _source_bytes(source.path)
+    with byte_progress(target.name, total) as progress:
+        report = converter.convert(source, config, target, progress)
+    if as_json:
+        print_json(report.to_json())
+    length = "" if config is None else f", up to {config.max_position_embeddings} tokens"
+    say(f"{report.output}: {report.num_bytes:,} bytes ({report.route}){length}")
+    for note in report.notes:
+        say(f"  note: {note}")
+
+
+def _default_output(path: Path, outtype: str | None, *, is_file: bool) -> Path:
+    """Beside the source: model.gguf -> model-longrope.gguf, folder -> folder/../folder-TYPE.gguf."""
+    if is_file:
+        return path.with_name(f"{path.stem}-{outtype or 'longrope'}.gguf")
+    resolved = path.resolve()
+    return resolved.parent / f"{resolved.name}-{outtype or 'auto'}.gguf"
+
+
+def _source_bytes(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(shard.stat().st_size for shard in path.glob("*.safetensors"))

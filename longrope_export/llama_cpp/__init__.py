@@ -1,0 +1,1 @@
+"""Get the pinned llama.cpp, apply cpp_patch to a copy, build it with CMake, find the binaries."""

@@ -1,0 +1,195 @@
+"""Geometry and native RoPE, from folders and from GGUF files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import gguf_keys, write_gguf_file
+from gguf.constants import GGUFValueType
+
+from longrope_export import gguf_keys as keys_module
+from longrope_export.errors import GgufError, ModelError
+from longrope_export.gguf_format import make_array, make_key_value, read_header
+from longrope_export.ladder import make_config
+from longrope_export.models.model import find_model, load_model
+from longrope_export.models.native import native_of_gguf
+
+WriteConfig = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"head_dim": 16, "num_key_value_heads": 2}),
+        ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+        ({"head_dim": 32}, {"head_dim": 32}),
+        ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, {"head_dim": 128}),
+    ],
+)
+def test_geometry_of_a_folder(
+    changes: dict[str, Any], expected: dict[str, int], hf_config: WriteConfig
+) -> None:
+    model = load_model(hf_config(**changes))
+    assert {name: getattr(model, name) for name in expected} == expected
+    assert model.native.tiers[0].is_plain
+    assert model.window == 256
+
+
+def test_partial_rotary_and_defaults(hf_config: WriteConfig) -> None:
+    folder = hf_config(
+        architectures=["Phi3ForCausalLM"],
+        model_type="phi3",
+        partial_rotary_factor=0.75,
+        rope_theta=None,
+        max_position_embeddings=None,
+    )
+    model = load_model(folder)
+    assert (model.native.rotary_dim, model.native.rope_theta, model.window) == (12, 10000.0, 4096)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, got 0"),
+        ({"num_attention_heads": 5}, "hidden_size 64 is not a multiple"),
+        ({"rope_theta": "big"}, "rope_theta must be a positive number"),
+        ({"rope_scaling": {"type": "magic"}}, "rope type 'magic' is not known"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope factor must be a number above 0, got None"),
+        (
+            {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}},
+            "long_factor must list rotary_dim / 2 = 8 numbers, got 1 values",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "longrope",
+                    "long_factor": [0.0] * 8,
+                    "short_factor": [1] * 8,
+                },
+                "original_max_position_embeddings": 64,
+            },
+            r"rescale_factors\[0\] must be a finite number above 0",
+        ),
+    ],
+)
+def test_bad_config_json(changes: dict[str, Any], message: str, hf_config: WriteConfig) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        load_model(hf_config(**changes))
+    assert "config.json" in str(error.value)
+
+
+def test_not_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json in this folder"):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match="no such file or folder"):
+        find_model("nothing-here.gguf")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        load_model(tmp_path)
+
+
+def test_geometry_of_a_gguf(tiny_gguf: Path) -> None:
+    model = load_model(tiny_gguf)
+    assert (model.num_heads, model.num_key_value_heads, model.head_dim) == (4, 2, 16)
+    assert model.native.tiers[0].is_plain
+
+
+def add(tmp_path: Path, keys: list[Any], tensors: dict[str, np.ndarray[Any, Any]]) -> Path:
+    base = {"token_embd.weight": np.zeros((5, 64), dtype=np.float32)}
+    return write_gguf_file(tmp_path / "m.gguf", [*gguf_keys(), *keys], {**base, **tensors})
+
+
+def number(name: str, value: float) -> Any:
+    kind = GGUFValueType.UINT32 if isinstance(value, int) else GGUFValueType.FLOAT32
+    return make_key_value(f"llama.rope.scaling.{name}", kind, value)
+
+
+def kind(name: str) -> Any:
+    return make_key_value("llama.rope.scaling.type", GGUFValueType.STRING, name)
+
+
+def test_native_rope_of_a_gguf(tmp_path: Path) -> None:
+    ramp = np.linspace(1, 8, 8, dtype=np.float32)
+    longrope = [kind("longrope"), number("original_context_length", 64), number("attn_factor", 1.5)]
+    tensors = {"rope_factors_long.weight": ramp, "rope_factors_short.weight": ramp / 8 + 1}
+    config = native_of_gguf(read_header(add(tmp_path, longrope, tensors)))
+    assert [tier.max_length for tier in config.tiers] == [64, 256]
+    assert list(config.tiers[1].rescale_factors) == ramp.tolist()
+    assert {tier.attention_factor for tier in config.tiers} == {1.5}
+
+    config = native_of_gguf(read_header(add(tmp_path, [], {"rope_freqs.weight": ramp})))
+    assert list(config.tiers[0].rescale_factors) == ramp.tolist()
+
+    yarn = [kind("yarn"), number("factor", 4.0), number("original_context_length", 256)]
+    config = native_of_gguf(read_header(add(tmp_path, yarn, {})))
+    assert config.max_position_embeddings == 1024
+    assert config.tiers[0].attention_factor == pytest.approx(1 + 0.1 * np.log(4))
+
+    config = native_of_gguf(read_header(add(tmp_path, [kind("linear"), number("factor", 2.0)], {})))
+    assert set(config.tiers[0].rescale_factors) == {2.0}
+
+
+def test_factor_tensor_of_the_wrong_shape(tmp_path: Path) -> None:
+    path = add(tmp_path, [], {"rope_freqs.weight": np.ones(7, dtype=np.float32)})
+    with pytest.raises(
+        GgufError, match=r"rope_freqs\.weight has shape \(7,\).*expected \(8,\) F32"
+    ):
+        load_model(path)
+
+
+def test_our_keys_come_back(tmp_path: Path, hf_config: WriteConfig) -> None:
+    model = load_model(hf_config())
+    config = make_config(model, "entropy-abf", 2048, ladder="every:256", num_start_tokens=7)
+    encoded = keys_module.encode_config(config, "llama")
+    kept = [entry for entry in gguf_keys() if entry.key not in {k.key for k in encoded.set_keys}]
+    path = tmp_path / "ours.gguf"
+    write_gguf_file(path, [*kept, *encoded.set_keys], dict(encoded.tensors))
+    back = load_model(path).native
+    assert back.switch == config.switch
+    assert back.logit_scaling == config.logit_scaling
+    assert back.provenance == config.provenance
+    for ours, theirs in zip(config.tiers, back.tiers, strict=True):
+        assert ours.max_length == theirs.max_length
+        assert ours.num_start_tokens == theirs.num_start_tokens
+        np.testing.assert_array_equal(
+            np.float32(ours.rescale_factors), np.float32(theirs.rescale_factors)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement", "message"),
+    [
+        ("version", 2, "version is 2, this tool reads 1"),
+        ("tier_factors", [1.0] * 7, "tier_factors has 7 values, expected 8"),
+        ("tier_attn_factor", [], "tier_attn_factor has 0 values, expected 1"),
+        ("tier_factors", [float("nan")] * 8, "must be a finite number above 0"),
+        ("tier_length", None, "tier_length is missing"),
+    ],
+)
+def test_malformed_keys_are_refused(
+    name: str, replacement: Any, message: str, tmp_path: Path, hf_config: WriteConfig
+) -> None:
+    config = make_config(load_model(hf_config()), "yarn", 1024)
+    prefix = "llama.rope.scaling.longrope."
+    entries = {entry.key: entry for entry in keys_module.encode_config(config, "llama").set_keys}
+    if replacement is None:
+        del entries[prefix + name]
+    elif isinstance(replacement, list):
+        entries[prefix + name] = make_array(prefix + name, GGUFValueType.FLOAT32, replacement)
+    else:
+        entries[prefix + name] = make_key_value(prefix + name, GGUFValueType.UINT32, replacement)
+    kept = [entry for entry in gguf_keys() if entry.key not in entries]
+    path = write_gguf_file(tmp_path / "bad.gguf", [*kept, *entries.values()], {})
+    with pytest.raises(GgufError, match=message):
+        load_model(path)
+
+
+def test_fingerprint_follows_the_settings(hf_config: WriteConfig) -> None:
+    first, second = hf_config("a"), hf_config("b", rope_theta=5e5)
+    assert load_model(first).fingerprint != load_model(second).fingerprint
+    (second / "config.json").write_text((first / "config.json").read_text())
+    assert load_model(first).fingerprint == load_model(second).fingerprint
+    assert json.loads((first / "config.json").read_text())

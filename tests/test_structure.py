@@ -1,0 +1,111 @@
+"""Rules about the project itself: layers, documentation of commands, light start."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from longrope_export.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "longrope_export"
+HEAVY = ("torch", "transformers", "matplotlib", "onnx", "onnxruntime")
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+def top_level_imports_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {
+        name
+        for node in tree.body
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [getattr(node, "module", None) or ""]
+        )
+    }
+
+
+def modules(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules(CORE), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_in_the_core_imports_a_converter_or_the_command_line(path: Path) -> None:
+    if path.is_relative_to(CORE / "cli") or path.name == "__main__.py":
+        return
+    forbidden = ("longrope_converters", "longrope_export.cli")
+    assert not [name for name in imports_of(path) if name.startswith(forbidden)]
+
+
+@pytest.mark.parametrize(
+    "path",
+    modules(CORE, ROOT / "converters"),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_heavy_packages_are_imported_where_they_are_used(path: Path) -> None:
+    assert not {name.split(".")[0] for name in top_level_imports_of(path)} & set(HEAVY)
+
+
+@pytest.mark.parametrize("path", modules(ROOT / "converters"), ids=lambda path: path.name)
+def test_converters_do_not_import_the_command_line(path: Path) -> None:
+    assert not [name for name in imports_of(path) if name.startswith("longrope_export.cli")]
+
+
+def commands() -> list[tuple[str, click.Command]]:
+    context = click.Context(main)
+    found = []
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        assert command is not None
+        found.append((name, command))
+        if isinstance(command, click.Group):
+            found += [(f"{name} {sub}", child) for sub, child in command.commands.items()]
+    return found
+
+
+@pytest.mark.parametrize(("name", "command"), commands(), ids=[name for name, _ in commands()])
+def test_every_command_has_help_an_example_and_a_place_in_the_docs(
+    name: str, command: click.Command
+) -> None:
+    assert command.help
+    assert f"longrope-export {name.split()[0]}" in command.help, "no example in the help text"
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, f"--{option.name} has no help"
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(document.read_text() for document in documents)
+    assert f"longrope-export {name}" in text, "not mentioned in README.md or docs/"
+
+
+def test_help_lines_agree_with_the_commands() -> None:
+    for name, command in commands():
+        if name in COMMANDS:
+            assert command.help is not None
+            assert command.help.strip().splitlines()[0] == COMMANDS[name][1]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from longrope_export.cli import main; "
+        "CliRunner().invoke(main, ['--help']); "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & "
+        "{'torch', 'transformers', 'numpy', 'gguf', 'rich', 'tokenizers'}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
