@@ -346,17 +346,17 @@ def test_a_second_edit_in_place_uses_the_padding(editable: Path) -> None:
     assert read_header(editable).key_values == first.key_values
 
 
-@pytest.mark.parametrize("length", range(0, 4200, 7))
-def test_a_header_of_any_size_ends_where_the_data_starts(model: Path, length: int) -> None:
-    text = make_key_value("general.description", GGUFValueType.STRING, "x" * length)
+def test_a_header_of_any_size_ends_where_the_data_starts(model: Path) -> None:
     header = read_header(model)
-    edited = bake.apply_edit(header, HeaderEdit(set_keys=(text,)))
-    built = in_place._build_with_padding(edited, 4096)
-    assert len(built) >= header.data_start_bytes
-    assert (len(built) - header.data_start_bytes) % 4096 == 0
     path = model.with_name("built.gguf")
-    path.write_bytes(built + bytes(header.data_bytes))
-    assert read_header(path).data_start_bytes == len(built)
+    for length in range(0, 4200, 7):
+        text = make_key_value("general.description", GGUFValueType.STRING, "x" * length)
+        edited = bake.apply_edit(header, HeaderEdit(set_keys=(text,)))
+        built = in_place._build_with_padding(edited, 4096)
+        assert len(built) >= header.data_start_bytes
+        assert (len(built) - header.data_start_bytes) % 4096 == 0
+        path.write_bytes(built + bytes(header.data_bytes))
+        assert read_header(path).data_start_bytes == len(built)
 
 
 def test_a_tensor_is_replaced_in_place(tmp_path: Path, editable: Path) -> None:
@@ -406,6 +406,21 @@ def test_a_failure_in_place_is_undone(
     with pytest.raises(OutputError, match=r"the file is as before: No space left"):
         bake_in_place(model, edit)
     assert model.read_bytes() == before
+
+
+def test_a_failure_that_cannot_be_undone_is_told(
+    editable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = files.write_exactly
+
+    def fail_in_front(output: int, offset_bytes: int, data: bytes) -> None:
+        if offset_bytes == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        real(output, offset_bytes, data)
+
+    monkeypatch.setattr(in_place, "write_exactly", fail_in_front)
+    with pytest.raises(OutputError, match=r"the file is damaged, fetch it again \(.*Input/output"):
+        bake_in_place(editable, EDIT)
 
 
 def test_a_file_with_two_names_is_not_edited_in_place(model: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from conftest import gguf_keys, write_gguf_file
 from gguf.constants import GGUFValueType
+from gguf_files import gguf_keys, write_gguf_file
 
 from longrope_export.errors import GgufError
 from longrope_export.gguf_format import build_header, make_array, make_key_value, read_header

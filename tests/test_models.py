@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import gguf_keys, write_gguf_file
 from gguf.constants import GGUFValueType
+from gguf_files import gguf_keys, write_gguf_file
 
 from longrope_export import gguf_keys as keys_module
 from longrope_export.errors import GgufError, ModelError

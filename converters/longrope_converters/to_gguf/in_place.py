@@ -114,12 +114,18 @@ def _write(descriptor: int, source: Path, edited: EditedHeader, new_header: byte
             write_exactly(descriptor, len(new_header) + patch.offset_bytes, patch.data)
         os.fsync(descriptor)
     except BaseException:
-        if has_inserted:
-            _change_front(descriptor, source, _FALLOC_FL_COLLAPSE_RANGE, inserted)
-        write_exactly(descriptor, 0, old_header)
-        for offset_bytes, data in old_data:
-            write_exactly(descriptor, header.data_start_bytes + offset_bytes, data)
-        os.ftruncate(descriptor, header.file_bytes)
+        try:
+            if has_inserted:
+                _change_front(descriptor, source, _FALLOC_FL_COLLAPSE_RANGE, inserted)
+            write_exactly(descriptor, 0, old_header)
+            for offset_bytes, data in old_data:
+                write_exactly(descriptor, header.data_start_bytes + offset_bytes, data)
+            os.ftruncate(descriptor, header.file_bytes)
+        except (OSError, OutputError) as error:
+            raise OutputError(
+                f"{source}: editing in place failed and so did undoing it: the file is damaged, "
+                f"fetch it again ({error})"
+            ) from error
         raise
 
 
