@@ -1,0 +1,52 @@
+"""The real model: factors made here, baked here, used by stock llama.cpp."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from longrope_converters.to_gguf.convert import GgufConverter
+from longrope_export.demo.material import fetch_smollm2, write_help_text
+from longrope_export.ladder import make_config
+from longrope_export.llama_cpp.perplexity import run_perplexity
+from longrope_export.models.model import Model, load_model
+
+pytestmark = pytest.mark.integration
+
+CONTEXT = 16384  # twice the trained window: perplexity is taken over the second half
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Model:
+    return load_model(fetch_smollm2())
+
+
+@pytest.fixture(scope="module")
+def extended(smollm2: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("smollm2") / "32k.gguf"
+    config = make_config(smollm2, "yarn", 32768)
+    GgufConverter().convert(smollm2, config, output, lambda _: None)
+    return output
+
+
+def test_perplexity_beyond_the_window_falls_far_below_the_unscaled_models(
+    smollm2: Model, extended: Path, programs: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "help.txt"
+    write_help_text(text)
+    program = programs / "llama-perplexity"
+    before = run_perplexity(program, smollm2.path, text, context=CONTEXT)
+    after = run_perplexity(program, extended, text, context=CONTEXT)
+    assert after.value < 15
+    assert before.value > 5 * after.value
+
+
+def test_it_generates_english(extended: Path, programs: Path) -> None:
+    command = [str(programs / "llama-completion"), "-m", str(extended), "-c", "32768", "-n", "12"]
+    command += ["--temp", "0", "-no-cnv", "-p", "The capital of France is"]
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    )
+    assert "Paris" in result.stdout
