@@ -62,7 +62,7 @@ def weights(tmp_path: Path) -> Weights:
     return Weights(tmp_path / "weights.bin")
 
 
-@pytest.fixture(params=[1 << 19, 96, 64], ids=["one piece", "96 elements", "64 elements"])
+@pytest.fixture(params=[1 << 18, 96, 64], ids=["one piece", "96 elements", "64 elements"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small pieces too, so that seams fall inside tensors and inside heads."""
     monkeypatch.setattr(stream, "_CHUNK_ELEMENTS", request.param)

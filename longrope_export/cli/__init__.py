@@ -65,8 +65,7 @@ def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     longrope-export gguf model/ --factors f.json -o model.gguf
     longrope-export llama-cpp run llama-completion -m model.gguf -c 32768 -p "Once"
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO,
-        format="%(message)s",
-        stream=sys.stderr,
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
+    for name in ("longrope_export", "longrope_converters"):
+        logging.getLogger(name).setLevel(level)

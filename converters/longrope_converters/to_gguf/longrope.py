@@ -11,7 +11,7 @@ from longrope_converters.to_gguf.plan import GgufPlan, PlannedTensor
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import UnsupportedError
 from longrope_export.gguf_format import GgufHeader
-from longrope_export.gguf_keys import LLAMA3_TENSOR, SHORT_TENSOR, encode_config
+from longrope_export.gguf_keys import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR, encode_config
 
 
 def edit_for(header: GgufHeader, config: LongRopeConfig) -> HeaderEdit:
@@ -21,10 +21,15 @@ def edit_for(header: GgufHeader, config: LongRopeConfig) -> HeaderEdit:
     to both sets, and refuse the file for a tensor that it did not expect.
 
     Raises:
-        UnsupportedError: the file holds rope_freqs.weight beside other factor tensors.
+        UnsupportedError: the file holds factor tensors that nothing could load.
     """
     encoded = encode_config(config, header.architecture)
     present = {info.name for info in header.tensors}
+    if not encoded.tensors and present & {LONG_TENSOR, SHORT_TENSOR}:
+        raise UnsupportedError(
+            f"{header.path}: architecture {header.architecture} has no place for {LONG_TENSOR} in "
+            f"stock llama.cpp, yet the file holds it: bake the file it was made from instead"
+        )
     replaced = {name: name for name in encoded.tensors if name in present}
     if encoded.tensors and LLAMA3_TENSOR in present:
         if replaced:
