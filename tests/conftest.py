@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,19 @@ def tiny_gguf(tmp_path: Path) -> Path:
         "output_norm.weight": np.ones(64, dtype=np.float32),
     }
     return write_gguf_file(tmp_path / "tiny.gguf", gguf_keys(), tensors)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte, which is full soon."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no mount command: {error}")
+    if done.returncode:
+        pytest.skip(f"mounting a small tmpfs is not permitted: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

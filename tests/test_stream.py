@@ -257,21 +257,6 @@ def test_an_interrupt_stops_the_workers_and_leaves_nothing(
     assert names(tmp_path) == ["weights.bin"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no mount command: {error}")
-    if done.returncode:
-        pytest.skip(f"mounting a small tmpfs is not permitted: {done.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_is_noticed_before_any_work(small_disk: Path, weights: Weights) -> None:
     plan = GgufPlan(KEYS, (PlannedTensor("a", weights.add("a", (1024, 1024)), F16),))
     steps: list[int] = []
