@@ -5,7 +5,6 @@ A LongRopeConfig that exists is valid: everything is checked on construction, no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,6 +13,7 @@ from typing import Any
 from longrope_export.errors import ConfigError
 
 MAX_LENGTH = 1 << 31  # positions are int32 in every runtime we export to
+SMALLEST, LARGEST = 1e-30, 1e30  # well within the normal range of float32
 
 
 class SwitchPolicy(StrEnum):
@@ -117,6 +117,10 @@ class LongRopeConfig:
             _check_int("config", name, getattr(self, name), 1, MAX_LENGTH)
         object.__setattr__(self, "tiers", tuple(self.tiers))
         object.__setattr__(self, "switch", SwitchPolicy(self.switch))
+        if not isinstance(self.provenance, Mapping):
+            raise ConfigError(
+                f"config: provenance must be an object, got {type(self.provenance).__name__}"
+            )
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
             for layer in self.layers:
@@ -184,6 +188,10 @@ def _check_int(where: str, name: str, value: object, lowest: int, highest: int) 
 
 
 def _check_positive(where: str, name: str, value: object) -> None:
+    """A number above 0 that float32 can hold: every target stores these as float32."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
-        raise ConfigError(f"{where}: {name} must be a finite number above 0, got {value!r}")
+    if not good or not SMALLEST <= value <= LARGEST:  # type: ignore[operator]
+        raise ConfigError(
+            f"{where}: {name} must be a finite number above 0 ({SMALLEST:g} to {LARGEST:g}), "
+            f"got {value!r:.60}"
+        )

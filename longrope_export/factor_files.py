@@ -16,7 +16,12 @@ from longrope_export.errors import ConfigError, FactorFileError, LongRopeError
 from longrope_export.gguf_format import MAGIC, read_header
 from longrope_export.ladder import attention_factor
 from longrope_export.models.families import family_of_hf
-from longrope_export.models.hf_config import HfConfig, read_json_object, rope_block
+from longrope_export.models.hf_config import (
+    HfConfig,
+    architecture_names,
+    read_json_object,
+    rope_block,
+)
 from longrope_export.models.model import Model, check_fits
 from longrope_export.models.native import native_of_gguf, native_of_hf
 from longrope_export.outputs import write_text
@@ -74,7 +79,7 @@ def from_json(values: Mapping[str, Any], source: str) -> LongRopeConfig:
     Raises:
         FactorFileError: naming the field.
     """
-    if values.get("version") != VERSION:
+    if values.get("version") is True or values.get("version") != VERSION:
         raise FactorFileError(
             f"{source}: version is {values.get('version')!r}, this tool reads {VERSION}"
         )
@@ -86,7 +91,7 @@ def from_json(values: Mapping[str, Any], source: str) -> LongRopeConfig:
         tiers = _read_tiers(values.get("tiers"), source)
         scaling = _read_scaling(values.get("logit_scaling"), source)
         return LongRopeConfig(tiers=tiers, logit_scaling=scaling, **fields)
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, ValueError, OverflowError) as error:
         raise FactorFileError(f"{source}: {error}") from error
     except TypeError as error:
         missing = [name for name in _CONFIG_FIELDS[:4] if name not in values]
@@ -259,6 +264,9 @@ def _read_json(path: Path, model: Model | None) -> LongRopeConfig:
     values = read_json_object(path)
     if values.get("format") == FORMAT:
         return from_json(values, str(path))
+    text = values.get("text_config")
+    if isinstance(text, dict):
+        values = {**values, **text}
     if "short_factor" in values or "rope_type" in values or "type" in values:
         values = {"rope_scaling": values}
     if not rope_block(values):
@@ -288,7 +296,7 @@ def _read_hf_block(path: Path, values: dict[str, Any], model: Model | None) -> L
             ),
             "rope_scaling": block,
         }
-    family = family_of_hf(values.get("model_type"), list(values.get("architectures") or []))
+    family = family_of_hf(values.get("model_type"), architecture_names(values, path))
     config = native_of_hf(HfConfig(path.parent, family, values))
     return replace(config, provenance={"method": "file", "file": path.name})
 

@@ -166,18 +166,18 @@ def decode_config(header: GgufHeader, rope_theta: float, rotary_dim: int) -> Lon
     scaling = None
     if prefix + "attn_log_base" in header.key_values:
         exempt = reader.array("attn_log_exempt_layers")
-        scaling = LogitScaling(reader.number("attn_log_base"), tuple(int(x) for x in exempt))
+        scaling = LogitScaling(reader.number("attn_log_base"), tuple(exempt.tolist()))
     layers = None
     if prefix + "layers" in header.key_values:
-        layers = tuple(int(layer) for layer in reader.array("layers"))
+        layers = tuple(reader.array("layers").tolist())
     try:
         return LongRopeConfig(
             rope_theta=rope_theta,
             rotary_dim=rotary_dim,
             original_max_position_embeddings=reader.number("original_length"),
-            max_position_embeddings=int(lengths[-1]) if len(lengths) else 0,
+            max_position_embeddings=lengths.tolist()[-1] if len(lengths) else 0,
             tiers=tuple(
-                FactorTier(int(length), tuple(map(float, row)), int(start), float(scale))
+                FactorTier(length.item(), tuple(row.tolist()), start.item(), scale.item())
                 for length, row, start, scale in zip(
                     lengths, factors, starts, attention, strict=True
                 )
@@ -187,7 +187,7 @@ def decode_config(header: GgufHeader, rope_theta: float, rotary_dim: int) -> Lon
             layers=layers,
             provenance=_provenance(header, prefix),
         )
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, ValueError, TypeError, OverflowError) as error:
         raise GgufError(f"{header.path}: keys {prefix}*: {error}") from error
 
 
@@ -224,6 +224,6 @@ class _KeyReader:
 def _provenance(header: GgufHeader, prefix: str) -> dict[str, Any]:
     try:
         value = json.loads(header.get(prefix + "provenance", "{}"))
-    except (json.JSONDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, TypeError, RecursionError) as error:
         raise GgufError(f"{header.path}: key {prefix}provenance is not JSON: {error}") from error
     return value if isinstance(value, dict) else {}

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from longrope_export import __version__, methods
-from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig, SwitchPolicy
+from longrope_export.config import (
+    MAX_LENGTH,
+    FactorTier,
+    LogitScaling,
+    LongRopeConfig,
+    SwitchPolicy,
+)
 from longrope_export.errors import ConfigError
 from longrope_export.models.model import Model
 from longrope_export.rope import (
@@ -74,14 +80,16 @@ class Method:
 
 
 def _abf(extension: Extension, options: MethodOptions) -> FloatArray:
-    base = options.base or methods.critical_base(
-        extension.rope_theta, extension.window, extension.length
-    )
+    base = options.base
+    if base is None:
+        base = methods.critical_base(extension.rope_theta, extension.window, extension.length)
     return methods.abf_factors(extension.inv_freq, base / extension.rope_theta)
 
 
 def _entropy_abf(extension: Extension, options: MethodOptions) -> FloatArray:
-    base_ratio = options.base / extension.rope_theta if options.base else ENTROPY_ABF_BASE_RATIO
+    base_ratio = ENTROPY_ABF_BASE_RATIO
+    if options.base is not None:
+        base_ratio = options.base / extension.rope_theta
     return methods.abf_factors(extension.inv_freq, base_ratio)
 
 
@@ -97,7 +105,9 @@ METHODS: dict[str, Method] = {
     "dynamic-ntk": Method(
         "the base that transformers' dynamic NTK has at each tier's length",
         lambda e, o: methods.dynamic_ntk_factors(
-            e.inv_freq, e.ratio, o.dynamic_factor or e.target / e.window
+            e.inv_freq,
+            e.ratio,
+            e.target / e.window if o.dynamic_factor is None else o.dynamic_factor,
         ),
         options=frozenset({"dynamic_factor"}),
     ),
@@ -182,7 +192,7 @@ def make_config(
     ladder: str | None = None,
     switch: SwitchPolicy = SwitchPolicy.CAUSAL,
     options: MethodOptions | None = None,
-    num_start_tokens: int = 0,
+    num_start_tokens: int | None = None,
 ) -> LongRopeConfig:
     """Factors of a closed form for a model.
 
@@ -193,7 +203,7 @@ def make_config(
     Args:
         target: new maximum length in tokens, above the model's window.
         ladder: see parse_ladder.
-        num_start_tokens: start-token window of the tiers that are made.
+        num_start_tokens: start-token window of the tiers that are made; None keeps the model's.
 
     Raises:
         ConfigError: a target that is no extension, an option that the method does not take.
@@ -204,6 +214,15 @@ def make_config(
         raise ConfigError(f"method {method_name!r} is not known; known are {', '.join(METHODS)}")
     _check_options(method_name, method, options)
     native = model.native
+    if num_start_tokens is None:
+        num_start_tokens = native.tiers[-1].num_start_tokens
+    elif num_start_tokens and any(f != 1 for f in native.tiers[-1].rescale_factors):
+        raise ConfigError(
+            "--num-start-tokens: start tokens turn as in plain RoPE, which is not what this model "
+            "was trained with: its own factors are not 1"
+        )
+    if target > MAX_LENGTH:
+        raise ConfigError(f"--target-length must be at most {MAX_LENGTH} tokens")
     if target <= model.window:
         raise ConfigError(
             f"--target-length {target}: the model's own window is {model.window} already"
@@ -213,7 +232,11 @@ def make_config(
     made = tuple(
         _make_tier(native, method, length, target, options, num_start_tokens) for length in lengths
     )
-    scaling = None
+    scaling = native.logit_scaling
+    if method_name == "entropy-abf" and scaling is not None:
+        raise ConfigError(
+            "the model scales its logits already: entropy-abf cannot be put on top of that"
+        )
     if method_name == "entropy-abf":
         exempt = tuple(layer for layer in ENTROPY_ABF_EXEMPT_LAYERS if layer < model.num_layers)
         scaling = LogitScaling(model.window, exempt)
@@ -300,6 +323,10 @@ def _check_options(name: str, method: Method, options: MethodOptions) -> None:
             raise ConfigError(
                 f"method {name} takes no --{option.replace('_', '-')}; it would be ignored"
             )
+    for option in ("base", "dynamic_factor"):
+        value = getattr(options, option)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, got {value}")
     policy = options.attention or method.attention
     if options.attention_strength != 1.0 and policy not in ("yarn", "longrope"):
         raise ConfigError(

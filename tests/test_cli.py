@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf.constants import GGUFValueType
 from gguf_files import gguf_keys, write_gguf_file
 from tiny_models import add_bpe_tokenizer, make_model
 
 from longrope_export.factor_files import to_json
-from longrope_export.gguf_format import TensorInfo, build_header, read_header
+from longrope_export.gguf_format import TensorInfo, build_header, make_key_value, read_header
 from longrope_export.ladder import make_config
 from longrope_export.models.model import load_model
 
@@ -142,7 +143,7 @@ BAD_FACTORS: dict[str, Callable[[dict[str, Any]], Any]] = {
         **v,
         "tiers": [{**v["tiers"][0], "rescale_factors": [1.0] * 7}],
     },
-    "must be a finite number above 0, got nan": lambda v: {
+    "must be a finite number above 0 (1e-30 to 1e+30), got nan": lambda v: {
         **v,
         "tiers": [{**v["tiers"][0], "rescale_factors": [1.0] * 7 + [float("nan")]}],
     },
@@ -304,3 +305,57 @@ def test_two_writers_at_once(tiny_gguf: Path, factors: Path, tmp_path: Path) -> 
     assert [writer.wait() for writer in writers] == [0, 0, 0]
     assert load_model(output).window == 1024
     assert not list(tmp_path.glob(".*"))
+
+
+def test_no_command_overwrites_what_it_reads(
+    tiny_gguf: Path, folder: Path, factors: Path, tmp_path: Path
+) -> None:
+    before = sha256(tiny_gguf), sha256(folder / "config.json")
+    check_refused(run("inspect", tiny_gguf, "--plot", tiny_gguf, "-f"), "same file")
+    output = folder / "config.json"
+    check_refused(run("factors", "pi", folder, "--target-length", 512, "-o", output, "-f"), "same")
+    csv = tmp_path / "a.csv"
+    csv.write_text("\n".join(["1.5"] * 8))
+    tier = f"512={csv}"
+    check_refused(run("factors", "file", tiny_gguf, "--tier", tier, "-o", csv, "-f"), "same file")
+    check_refused(run("gguf", tiny_gguf, "--tier", tier, "-o", csv, "-f"), "same file")
+    assert before == (sha256(tiny_gguf), sha256(folder / "config.json"))
+
+
+def test_nothing_given_is_ignored(tiny_gguf: Path, folder: Path, factors: Path) -> None:
+    check_refused(run("gguf", folder, "--pre", "gpt-2", "--switch", "causal"), "--switch")
+    check_refused(run("inspect", factors, "--factors", factors), "leave out --factors")
+
+
+def test_dry_run_finds_what_the_real_run_would(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    output = tmp_path / "x.gguf"
+    check_refused(run("gguf", folder, "--pre", "gpt-2", "-o", output, "--dry-run"), "safetensors")
+
+
+@pytest.mark.parametrize("factor", [1e39, 1e-50, 10**400])
+def test_factors_that_float32_cannot_hold(factor: float, tiny_gguf: Path, tmp_path: Path) -> None:
+    values = to_json(make_config(load_model(tiny_gguf), "yarn", 1024))
+    values["tiers"][0]["rescale_factors"][0] = factor
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(values))
+    check_refused(run("gguf", tiny_gguf, "--factors", bad), "finite number above 0")
+
+
+def test_split_model_with_factors_in_a_later_shard(tmp_path: Path, factors: Path) -> None:
+    u16 = GGUFValueType.UINT16
+    for number in range(2):
+        split = [
+            make_key_value("split.no", u16, number),
+            make_key_value("split.count", u16, 2),
+            make_key_value("split.tensors.count", GGUFValueType.INT32, 2),
+        ]
+        keys = [*(gguf_keys() if number == 0 else []), *split]
+        tensors = (
+            {"token_embd.weight": np.zeros((5, 64), np.float32)}
+            if number == 0
+            else {"rope_freqs.weight": np.full(8, 8, np.float32)}
+        )
+        write_gguf_file(tmp_path / f"m-0000{number + 1}-of-00002.gguf", keys, tensors)
+    result = run("gguf", tmp_path / "m-00001-of-00002.gguf", "--factors", factors)
+    check_refused(result, "m-00002-of-00002.gguf", "llama-gguf-split --merge")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longrope_converters.to_gguf.convert import GgufConverter
 from longrope_export import methods
 from longrope_export.errors import ConfigError
 from longrope_export.ladder import MethodOptions, make_config, parse_ladder
@@ -101,3 +102,33 @@ def test_options_are_never_ignored(
 def test_target_must_extend(hf_config: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="window is 256 already"):
         make_config(load_model(hf_config()), "yarn", 256)
+
+
+def test_extending_a_file_of_ours_keeps_log_scaling_and_start_tokens(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
+    baked = tmp_path / "baked.gguf"
+    first = make_config(load_model(tiny_gguf), "entropy-abf", 512, num_start_tokens=4)
+    GgufConverter().convert(load_model(tiny_gguf), first, baked, lambda _: None)
+    model = load_model(baked)
+    second = make_config(model, "pi", 1024)
+    assert second.logit_scaling == first.logit_scaling
+    assert second.tiers[0].num_start_tokens == 4
+    np.testing.assert_allclose(
+        second.tiers[0].rescale_factors, 2 * np.float32(first.tiers[0].rescale_factors)
+    )
+    with pytest.raises(ConfigError, match="scales its logits already"):
+        make_config(model, "entropy-abf", 1024)
+    with pytest.raises(ConfigError, match="its own factors are not 1"):
+        make_config(model, "pi", 1024, num_start_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("abf", MethodOptions(base=0)), ("dynamic-ntk", MethodOptions(dynamic_factor=-1))],
+)
+def test_zero_is_not_the_same_as_not_given(
+    method: str, options: MethodOptions, hf_config: Callable[..., Path]
+) -> None:
+    with pytest.raises(ConfigError, match="must be above 0"):
+        make_config(load_model(hf_config()), method, 1024, options=options)

@@ -193,3 +193,68 @@ def test_fingerprint_follows_the_settings(hf_config: WriteConfig) -> None:
     (second / "config.json").write_text((first / "config.json").read_text())
     assert load_model(first).fingerprint == load_model(second).fingerprint
     assert json.loads((first / "config.json").read_text())
+
+
+def test_linear_scaling_under_every_name_llama_cpp_reads(tmp_path: Path) -> None:
+    """A missing type means linear there, and the old key counts too."""
+    old = make_key_value("llama.rope.scale_linear", GGUFValueType.FLOAT32, 4.0)
+    for keys in ([old], [number("factor", 4.0)], [kind("linear"), number("factor", 4.0)]):
+        config = native_of_gguf(read_header(add(tmp_path, keys, {})))
+        assert set(config.tiers[0].rescale_factors) == {4.0}
+    config = native_of_gguf(read_header(add(tmp_path, [kind("none"), number("factor", 4.0)], {})))
+    assert config.tiers[0].is_plain
+    ramp = np.linspace(1, 8, 8, dtype=np.float32)
+    config = native_of_gguf(read_header(add(tmp_path, [old], {"rope_freqs.weight": ramp})))
+    assert list(config.tiers[0].rescale_factors) == (4 * ramp).tolist()
+
+
+def test_yarn_attention_factor_as_llama_cpp_computes_it(tmp_path: Path) -> None:
+    yarn = [kind("yarn"), number("factor", 16.0), number("original_context_length", 256)]
+    ignored = native_of_gguf(
+        read_header(add(tmp_path, [*yarn, number("yarn_attn_factor", 1.5)], {}))
+    )
+    assert ignored.tiers[0].attention_factor == pytest.approx(1 + 0.1 * np.log(16))
+    log = native_of_gguf(
+        read_header(add(tmp_path, [*yarn, number("yarn_log_multiplier", 1.0)], {}))
+    )
+    assert log.tiers[0].attention_factor == pytest.approx(1.0)
+
+
+def test_phi3_without_an_original_length_has_transformers_default(hf_config: WriteConfig) -> None:
+    block = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    folder = hf_config(
+        architectures=["Phi3ForCausalLM"],
+        model_type="phi3",
+        max_position_embeddings=131072,
+        rope_scaling=block,
+    )
+    assert [tier.max_length for tier in load_model(folder).native.tiers] == [4096, 131072]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": [1]},
+        {"rope_scaling": "yarn"},
+        {"rope_scaling": {"factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": float("inf")}},
+        {"rope_scaling": {"type": "yarn", "factor": 10**400}},
+        {"rope_scaling": {"type": "dynamic", "factor": 1e7}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1.0},
+        {"architectures": 5},
+        {"rope_theta": 10**400},
+        {"partial_rotary_factor": float("inf")},
+        {"partial_rotary_factor": 2},
+    ],
+)
+def test_absurd_settings_are_one_error(changes: dict[str, Any], hf_config: WriteConfig) -> None:
+    with pytest.raises(ModelError):
+        load_model(hf_config(**changes))
+
+
+@pytest.mark.parametrize("name", ["rope.freq_base", "rope.scaling.factor"])
+def test_gguf_keys_of_the_wrong_type(name: str, tmp_path: Path) -> None:
+    wrong = make_key_value(f"llama.{name}", GGUFValueType.STRING, "many")
+    keys = [entry for entry in gguf_keys() if entry.key != wrong.key]
+    with pytest.raises(GgufError, match=r"not a number: 'many'"):
+        load_model(write_gguf_file(tmp_path / "m.gguf", [*keys, wrong], {}))

@@ -88,9 +88,19 @@ def given_factors(
             files, model, switch=SwitchPolicy(switch or "causal"), attention=attention
         )
     if factors is None:
+        if switch is not None:
+            raise FactorFileError("--switch overrides a factors file: give --factors or --tier")
         return None
     config = read_factors(factors, model)
     return config if switch is None else replace(config, switch=SwitchPolicy(switch))
+
+
+def input_files(model: Path, factors: Path | None, tiers: tuple[str, ...]) -> list[Path]:
+    """Every file that a command reads, so that none of them becomes its output."""
+    named = [model, *([factors] if factors else [])]
+    named += [Path(tier.partition("=")[2]) for tier in tiers]
+    inside = [file for path in named if path.is_dir() for file in path.iterdir() if file.is_file()]
+    return [*named, *inside]
 
 
 def json_option(command: F) -> F:

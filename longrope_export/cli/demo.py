@@ -53,11 +53,14 @@ def command(
     longrope-export demo -o /tmp/demo --lengths 8192,16384,32768
     """
     from longrope_export.demo.material import fetch_smollm2, write_help_text
+    from longrope_export.errors import ConfigError
     from longrope_export.llama_cpp.binaries import require_binaries
     from longrope_export.llama_cpp.perplexity import run_perplexity
     from longrope_export.llama_cpp.progress import build_progress
     from longrope_export.models.model import load_model
 
+    if not all(part.isdecimal() for part in lengths.split(",")):
+        raise ConfigError(f"--lengths {lengths}: expected numbers of tokens, as 8192,16384")
     contexts = [int(part) for part in lengths.split(",")]
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)

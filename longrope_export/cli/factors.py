@@ -13,6 +13,7 @@ from longrope_export.cli.common import (
     factor_options,
     force_option,
     given_factors,
+    input_files,
     model_options,
     say,
 )
@@ -82,7 +83,7 @@ def command(
 
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     if output is not None:
-        check_output(output, [source.path, *([factors] if factors else [])], force=force)
+        check_output(output, input_files(source.path, factors, tiers), force=force)
     given = {name: value for name, value in options.items() if value is not None}
     if method == "file":
         config = _from_file(source, factors, tiers, switch, target_length, ladder, given)
@@ -97,7 +98,7 @@ def command(
             target_length,
             ladder=ladder,
             switch=SwitchPolicy(switch or "causal"),
-            num_start_tokens=given.pop("num_start_tokens", 0),
+            num_start_tokens=given.pop("num_start_tokens", None),
             options=MethodOptions(**given),
         )
     if output is None:

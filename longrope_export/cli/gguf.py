@@ -13,6 +13,7 @@ from longrope_export.cli.common import (
     factor_options,
     force_option,
     given_factors,
+    input_files,
     json_option,
     model_options,
     print_json,
@@ -93,9 +94,11 @@ def command(
     converter.check(source, config)
     if not in_place:
         for path in converter.outputs(source, target):
-            check_output(path, [*find_inputs(source), *([factors] if factors else [])], force=force)
+            inputs = [*find_inputs(source), *input_files(source.path, factors, tiers)]
+            check_output(path, inputs, force=force)
     if dry_run:
-        say(f"{target}: would be written from {source.path}")
+        converter.dry_run(source, config)
+        say(f"{source.path if in_place else target}: would be written from {source.path}")
         return
     total = _source_bytes(source.path)
     with byte_progress(target.name, total) as progress:

@@ -10,7 +10,9 @@ import click
 from longrope_export.cli.common import (
     CONTEXT_SETTINGS,
     factor_options,
+    force_option,
     given_factors,
+    input_files,
     json_option,
     model_options,
     print_json,
@@ -31,6 +33,7 @@ MAX_TIER_ROWS = 12
 @factor_options
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the wavelengths as a PNG.")
 @click.option("--no-plot", is_flag=True, help="No plot in the terminal.")
+@force_option
 @json_option
 def command(
     model: str,
@@ -40,6 +43,7 @@ def command(
     tiers: tuple[str, ...],
     plot: Path | None,
     no_plot: bool,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Show a model's RoPE, its tiers, and what each runtime honours.
@@ -51,17 +55,22 @@ def command(
     longrope-export inspect model/ --factors f.json --plot wavelengths.png
     longrope-export inspect f.json
     """
+    from longrope_export.errors import FactorFileError
     from longrope_export.factor_files import read_factors, to_json
     from longrope_export.models.model import find_model, load_model
+    from longrope_export.outputs import check_output
 
     path = find_model(model, revision=revision, local_files_only=local_files_only)
     source: Model | None = None
     if path.suffix.lower() == ".json":
+        if factors or tiers:
+            raise FactorFileError("MODEL is a factors file itself: leave out --factors and --tier")
         config = read_factors(path)
     else:
         source = load_model(path)
         config = given_factors(factors, tiers, source) or source.native
     if plot is not None:
+        check_output(plot, input_files(path, factors, tiers), force=force)
         from longrope_export.report.wavelengths import write_png
 
         write_png(config, plot)

@@ -107,8 +107,20 @@ def read_hf_config(folder: Path) -> HfConfig:
     text = values.get("text_config")
     if isinstance(text, dict):  # gemma3 and other multimodal wrappers keep the text model inside
         values = {**values, **text}
-    architectures = [str(name) for name in values.get("architectures") or []]
+    architectures = architecture_names(values, folder / "config.json")
     return HfConfig(folder, family_of_hf(values.get("model_type"), architectures), values)
+
+
+def architecture_names(values: Mapping[str, Any], path: Path) -> list[str]:
+    """`architectures` as a list of names; empty if the file has none.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    names = values.get("architectures") or []
+    if not isinstance(names, list):
+        raise ModelError(f"{path}: architectures must be a list of names, got {names!r}")
+    return [str(name) for name in names]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -143,23 +155,33 @@ def rope_block(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     block = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(block, dict):
-        return {}
+        raise ModelError(
+            f"rope_scaling / rope_parameters must be an object, got {type(block).__name__}"
+        )
     nested = block.get("full_attention")
     return dict(nested) if isinstance(nested, dict) else dict(block)
 
 
 def _read_rope(config: HfConfig) -> HfRope:
-    block = rope_block(config.values)
+    try:
+        block = rope_block(config.values)
+    except ModelError as error:
+        raise ModelError(f"{config.path}: {error}") from error
     rope_type = str(block.get("rope_type") or block.get("type") or "default").lower()
+    if rope_type == "default" and "factor" in block:
+        raise ModelError(f"{config.path}: the rope block has a factor but no rope_type")
     # transformers 5 lets the top-level copies win when the model is built
     original = config.values.get("original_max_position_embeddings")
     if original is None:
         original = block.get("original_max_position_embeddings")
+    if original is None and rope_type in ("longrope", "su"):
+        original = config.get("original_max_position_embeddings")  # Phi-3's default
     theta = block.get("rope_theta", config.get("rope_theta", 10000.0))
     partial = block.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     for name, number in (("rope_theta", theta), ("partial_rotary_factor", partial)):
-        if not isinstance(number, int | float) or isinstance(number, bool) or not number > 0:
-            raise ModelError(f"{config.path}: {name} must be a positive number, got {number!r}")
+        good = isinstance(number, int | float) and not isinstance(number, bool)
+        if not good or not 0 < number < 1e30:
+            raise ModelError(f"{config.path}: {name} must be a positive number, got {number!r:.60}")
     if original is not None and (not isinstance(original, int) or original <= 0):
         raise ModelError(
             f"{config.path}: original_max_position_embeddings must be a positive integer, "

@@ -148,7 +148,7 @@ def _from_hf(config: HfConfig) -> Model:
 def _from_gguf(header: GgufHeader) -> Model:
     def count(name: str, default: int | None = None) -> int:
         value = header.arch_get(name, default)
-        if hasattr(value, "max"):  # one value per layer
+        if hasattr(value, "max") and len(value):  # one value per layer
             value = int(value.max())
         if not isinstance(value, int) or value <= 0:
             raise ModelError(f"{header.path}: key {header.architecture}.{name} is {value!r}")

@@ -28,6 +28,10 @@ from longrope_export.rope import (
 
 GGML_TYPE_F32 = 0
 
+# what numbers of absurd size or values of the wrong kind raise on their way through the formulas
+MAX_LAYERS = 1 << 16
+_MALFORMED = (TypeError, ValueError, OverflowError, ZeroDivisionError)
+
 
 def native_of_hf(config: HfConfig) -> LongRopeConfig:
     """The RoPE that config.json declares, as transformers 5 computes it.
@@ -38,6 +42,11 @@ def native_of_hf(config: HfConfig) -> LongRopeConfig:
         ModelError: a rope type that is not known here, or values that do not fit.
     """
     rope = config.rope
+    if not 0 < rope.partial_rotary_factor <= 1:
+        raise ModelError(
+            f"{config.path}: partial_rotary_factor must be above 0 and at most 1, "
+            f"got {rope.partial_rotary_factor}"
+        )
     rotary_dim = int(config.head_dim * rope.partial_rotary_factor)
     declared = config.require_int("max_position_embeddings")
     reader = _HfScaling(config, rotary_dim, declared)
@@ -66,8 +75,8 @@ def native_of_hf(config: HfConfig) -> LongRopeConfig:
             layers=_global_layers(config),
             provenance={"method": f"model ({rope.rope_type})"},
         )
-    except ConfigError as error:
-        raise ModelError(f"{config.path}: {error}") from error
+    except (ConfigError, *_MALFORMED) as error:
+        raise ModelError(f"{config.path}: the rope settings make no sense: {error}") from error
 
 
 _Tiers = tuple[int, tuple[FactorTier, ...]]
@@ -105,6 +114,10 @@ class _HfScaling:
         factor, window = self.number("factor"), self.declared
         step = max(window // 16, 1)
         target = round(window * factor)
+        if factor > 1024:
+            raise ConfigError(f"dynamic factor {factor:g} is beyond any use (at most 1024)")
+        if target <= window:
+            return self.plain()
         tiers = [self.tier(window, np.ones_like(self.inv_freq))]
         for length in [*range(window + step, target, step), target]:
             ratio = length / window
@@ -197,6 +210,8 @@ def _global_layers(config: HfConfig) -> tuple[int, ...] | None:
     if not config.family.global_layers_only:
         return None
     layers = config.require_int("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers {layers} is beyond any model")
     types = config.get("layer_types")
     if isinstance(types, list):
         return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
@@ -210,45 +225,13 @@ def native_of_gguf(header: GgufHeader) -> LongRopeConfig:
     Raises:
         GgufError: keys that are missing, contradict each other or do not fit.
     """
-    theta = float(header.arch_get("rope.freq_base", 10000.0))
+    theta = _gguf_float(header, "rope.freq_base", 10000.0)
     rotary_dim = _gguf_rotary_dim(header)
     ours = decode_config(header, theta, rotary_dim)
     if ours is not None:
         return ours
-    declared = _gguf_int(header, "context_length")
-    inv_freq = compute_inv_freq(theta, rotary_dim)
-    window = int(header.arch_get("rope.scaling.original_context_length", declared))
-    kind = str(header.arch_get("rope.scaling.type", "none"))
-    attention = float(header.arch_get("rope.scaling.attn_factor", 1.0))
-    factor = float(header.arch_get("rope.scaling.factor", 1.0)) or 1.0
-    tensors = {info.name for info in header.tensors}
-
-    def read(name: str) -> tuple[float, ...]:
-        return _read_factor_tensor(header, name, rotary_dim // 2)
-
-    plain = (1.0,) * (rotary_dim // 2)
-    if kind == "longrope" and LONG_TENSOR in tensors:
-        short = read(SHORT_TENSOR) if SHORT_TENSOR in tensors else plain
-        tiers = [FactorTier(window, short, 0, attention)]
-        if declared > window:
-            tiers.append(FactorTier(declared, read(LONG_TENSOR), 0, attention))
-    elif LLAMA3_TENSOR in tensors:
-        tiers = [FactorTier(declared, read(LLAMA3_TENSOR), 0, attention)]
-    elif kind == "yarn":
-        beta_fast = float(header.arch_get("rope.scaling.yarn_beta_fast", 32.0))
-        beta_slow = float(header.arch_get("rope.scaling.yarn_beta_slow", 1.0))
-        factors = methods.yarn_factors(inv_freq, factor, window, beta_fast, beta_slow)
-        attention *= float(header.arch_get("rope.scaling.yarn_attn_factor", 1.0))
-        attention *= yarn_attention_factor(factor)
-        target = max(declared, round(window * factor))
-        tiers = [FactorTier(target, tuple(factors.tolist()), 0, attention)]
-    elif kind == "linear":
-        window = min(window, round(declared / factor))
-        tiers = [FactorTier(declared, (factor,) * (rotary_dim // 2), 0, attention)]
-    else:
-        window = declared
-        tiers = [FactorTier(declared, plain, 0, attention)]
     try:
+        window, tiers = _stock_tiers(header, compute_inv_freq(theta, rotary_dim))
         return LongRopeConfig(
             rope_theta=theta,
             rotary_dim=rotary_dim,
@@ -257,10 +240,65 @@ def native_of_gguf(header: GgufHeader) -> LongRopeConfig:
             tiers=tuple(tiers),
             switch=SwitchPolicy.SEQUENCE,
             layers=_gguf_global_layers(header),
-            provenance={"method": f"model ({kind})"},
+            provenance={"method": f"model ({header.arch_get('rope.scaling.type', 'none')})"},
         )
-    except ConfigError as error:
-        raise GgufError(f"{header.path}: {error}") from error
+    except (ConfigError, *_MALFORMED) as error:
+        raise GgufError(f"{header.path}: the rope keys make no sense: {error}") from error
+
+
+def _stock_tiers(header: GgufHeader, inv_freq: FloatArray) -> tuple[int, list[FactorTier]]:
+    """(trained window, tiers) as stock llama.cpp reads its own keys and tensors.
+
+    There a file without a type counts as linear, and the linear factor (also under its old name
+    scale_linear) divides all frequencies, beside whatever factor tensors there are.
+    """
+    pairs = len(inv_freq)
+    declared = _gguf_int(header, "context_length")
+    window = declared
+    if header.arch_get("rope.scaling.original_context_length") is not None:
+        window = _gguf_int(header, "rope.scaling.original_context_length")
+    kind = str(header.arch_get("rope.scaling.type", "linear"))
+    attention = _gguf_float(header, "rope.scaling.attn_factor", 1.0)
+    factor = _gguf_float(header, "rope.scaling.factor", 0.0)
+    factor = factor or _gguf_float(header, "rope.scale_linear", 0.0) or 1.0
+    tensors = {info.name for info in header.tensors}
+
+    def read(name: str) -> FloatArray:
+        if name not in tensors:
+            return np.full(pairs, 1.0 if kind == "none" else factor)
+        factors = np.asarray(_read_factor_tensor(header, name, pairs))
+        return factors if kind == "none" else factors * factor
+
+    def tier(length: int, factors: FloatArray, scale: float) -> FactorTier:
+        return FactorTier(length, tuple(factors.tolist()), 0, scale)
+
+    if kind == "longrope" and LONG_TENSOR in tensors and LLAMA3_TENSOR not in tensors:
+        tiers = [tier(window, read(SHORT_TENSOR), attention)]
+        if declared > window:
+            tiers.append(tier(declared, read(LONG_TENSOR), attention))
+        return window, tiers
+    if kind == "yarn":
+        factors = methods.yarn_factors(inv_freq, factor, window)
+        target = max(declared, round(window * factor))
+        return window, [tier(target, factors, attention * _yarn_attention(header, factor))]
+    factors = read(LLAMA3_TENSOR)
+    if kind == "linear" and LLAMA3_TENSOR not in tensors and factor > 1:
+        window = min(window, round(declared / factor))
+    return window, [tier(declared, factors, attention)]
+
+
+def _yarn_attention(header: GgufHeader, factor: float) -> float:
+    """llama.cpp's: the log multiplier counts, the key yarn_attn_factor does not."""
+    log_multiplier = _gguf_float(header, "rope.scaling.yarn_log_multiplier", 0.0)
+    above = yarn_attention_factor(factor)
+    return above / yarn_attention_factor(factor, log_multiplier) if log_multiplier else above
+
+
+def _gguf_float(header: GgufHeader, name: str, default: float) -> float:
+    value = header.arch_get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise GgufError(f"{header.path}: key {header.architecture}.{name}: not a number: {value!r}")
+    return float(value)
 
 
 def gguf_head_dim(header: GgufHeader) -> int:

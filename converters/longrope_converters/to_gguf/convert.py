@@ -9,19 +9,26 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from longrope_converters.base import ExportReport, Progress
-from longrope_converters.to_gguf.bake import HeaderEdit
+from longrope_converters.to_gguf.bake import HeaderEdit, apply_edit
 from longrope_converters.to_gguf.in_place import bake_in_place
 from longrope_converters.to_gguf.longrope import add_to_plan, edit_for
+from longrope_converters.to_gguf.plan import GgufPlan
 from longrope_converters.to_gguf.shards import bake_split, find_shards, shard_outputs
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import UnsupportedError
 from longrope_export.gguf_format import read_header
-from longrope_export.gguf_keys import has_stock_fields
-from longrope_export.honours import Verdict, gguf_architecture, honours
+from longrope_export.gguf_keys import (
+    LLAMA3_TENSOR,
+    LONG_TENSOR,
+    SHORT_TENSOR,
+    has_stock_fields,
+)
+from longrope_export.honours import Verdict, honours
 from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
 from longrope_export.outputs import check_output, replace_when_done
@@ -115,6 +122,35 @@ class GgufConverter:
             route = self._write_quantized(model, config, output, quantized, progress)
         return self._report(model, config, output, route)
 
+    def dry_run(self, model: Model, config: LongRopeConfig | None) -> None:
+        """Everything of convert but the writing: reads headers, settings and vocabulary.
+
+        Raises:
+            LongRopeError: what convert would raise before it writes.
+        """
+        self.check(model, config)
+        if model.kind is ModelKind.GGUF:
+            _refuse_factors_in_later_shards(find_shards(model.path))
+            apply_edit(read_header(model.path), _edit(model.path, config))
+            return
+        from longrope_converters.to_gguf.hf_plan import is_native
+        from longrope_converters.to_gguf.stream import plan_layout
+
+        if is_native(read_hf_config(model.path)):
+            plan_layout(self._plan(model, config, self.options.outtype))
+
+    def _plan(self, model: Model, config: LongRopeConfig | None, outtype: str | None) -> GgufPlan:
+        from longrope_converters.to_gguf.hf_plan import plan_hf_folder
+
+        plan = plan_hf_folder(
+            read_hf_config(model.path),
+            outtype if outtype in OUTTYPES else "auto",
+            pre=self.options.pre,
+            name=self.options.name,
+            keep_rope_scaling=config is None,
+        )
+        return plan if config is None else add_to_plan(plan, config)
+
     def outputs(self, model: Model, output: Path) -> tuple[Path, ...]:
         """Every file that convert writes: one, or as many as the split source has shards."""
         if model.kind is ModelKind.HF or self._quantized_type(model):
@@ -137,25 +173,17 @@ class GgufConverter:
     ) -> str:
         if model.kind is ModelKind.GGUF:
             shards = find_shards(model.path)
+            _refuse_factors_in_later_shards(shards)
             outputs = shard_outputs(output, len(shards))
             bake_split(shards, outputs, _edit(model.path, config), progress)
             return "bake"
         # a bake needs none of these, and starts in half the time without them
-        from longrope_converters.to_gguf.hf_plan import is_native, plan_hf_folder
+        from longrope_converters.to_gguf.hf_plan import is_native
         from longrope_converters.to_gguf.stream import plan_layout, write_gguf
 
-        hf_config = read_hf_config(model.path)
-        if not is_native(hf_config):
+        if not is_native(read_hf_config(model.path)):
             return self._write_with_stock(model, config, output, outtype or "auto", progress)
-        plan = plan_hf_folder(
-            hf_config,
-            outtype or "auto",
-            pre=self.options.pre,
-            name=self.options.name,
-            keep_rope_scaling=config is None,
-        )
-        if config is not None:
-            plan = add_to_plan(plan, config)
+        plan = self._plan(model, config, outtype)
         plan_layout(plan)
         with replace_when_done(output) as temporary:
             write_gguf(plan, temporary, self.options.threads, progress)
@@ -171,6 +199,10 @@ class GgufConverter:
     ) -> str:
         from longrope_converters.to_gguf.stock import convert_with_stock
 
+        if self.options.pre is not None:
+            raise UnsupportedError(
+                f"--pre is ignored by llama.cpp's converter, which {model.path} needs: leave it out"
+            )
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".longrope-") as folder:
             plain = Path(folder) / "stock.gguf"
             convert_with_stock(
@@ -202,7 +234,8 @@ class GgufConverter:
             source, route = model.path, "bake"
             if model.kind is ModelKind.HF or config is not None:
                 route = self._write(model, config, full, None, progress)
-                source = full
+                shards = 1 if model.kind is ModelKind.HF else len(find_shards(model.path))
+                source = shard_outputs(full, shards)[0]
             with replace_when_done(output) as temporary:
                 quantize(source, temporary, outtype, self.options.threads)
         return f"{route}, llama-quantize {outtype}"
@@ -218,13 +251,23 @@ class GgufConverter:
             route=route,
             num_bytes=written.stat().st_size,
             config=config,
-            notes=_notes(model, config),
+            notes=_notes(model, config, read_header(written).architecture),
             honours={} if config is None else honours(config, model),
         )
 
 
 def _edit(path: Path, config: LongRopeConfig | None) -> HeaderEdit:
     return HeaderEdit() if config is None else edit_for(read_header(path), config)
+
+
+def _refuse_factors_in_later_shards(shards: Sequence[Path]) -> None:
+    for shard in shards[1:]:
+        names = {info.name for info in read_header(shard).tensors}
+        if names & {LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR}:
+            raise UnsupportedError(
+                f"{shard}: holds rope factors, which are expected in the first shard: join the "
+                f"files with llama-gguf-split --merge first"
+            )
 
 
 def find_inputs(model: Model) -> list[Path]:
@@ -234,7 +277,7 @@ def find_inputs(model: Model) -> list[Path]:
     return sorted(path for path in model.path.iterdir() if path.is_file())
 
 
-def _notes(model: Model, config: LongRopeConfig | None) -> tuple[str, ...]:
+def _notes(model: Model, config: LongRopeConfig | None, architecture: str) -> tuple[str, ...]:
     """What a user of an unpatched llama.cpp has to know."""
     if config is None:
         if model.native.provenance.get("method") == "model (dynamic)":
@@ -243,7 +286,6 @@ def _notes(model: Model, config: LongRopeConfig | None) -> tuple[str, ...]:
                 "make factors with `longrope-export factors dynamic-ntk` and pass --factors",
             )
         return ()
-    architecture = gguf_architecture(model)
     if not has_stock_fields(architecture):
         return (
             f"stock llama.cpp has no factors for architecture {architecture!r}: it runs this file "

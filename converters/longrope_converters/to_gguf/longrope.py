@@ -11,7 +11,13 @@ from longrope_converters.to_gguf.plan import GgufPlan, PlannedTensor
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import UnsupportedError
 from longrope_export.gguf_format import GgufHeader
-from longrope_export.gguf_keys import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR, encode_config
+from longrope_export.gguf_keys import (
+    LLAMA3_TENSOR,
+    LONG_TENSOR,
+    SHORT_TENSOR,
+    GgufLongRope,
+    encode_config,
+)
 
 
 def edit_for(header: GgufHeader, config: LongRopeConfig) -> HeaderEdit:
@@ -24,6 +30,7 @@ def edit_for(header: GgufHeader, config: LongRopeConfig) -> HeaderEdit:
         UnsupportedError: the file holds factor tensors that nothing could load.
     """
     encoded = encode_config(config, header.architecture)
+    _refuse_another_temperature(header, encoded)
     present = {info.name for info in header.tensors}
     if not encoded.tensors and present & {LONG_TENSOR, SHORT_TENSOR}:
         raise UnsupportedError(
@@ -39,6 +46,20 @@ def edit_for(header: GgufHeader, config: LongRopeConfig) -> HeaderEdit:
             )
         replaced[LLAMA3_TENSOR] = SHORT_TENSOR
     return HeaderEdit(encoded.set_keys, encoded.remove_keys, encoded.tensors, replaced)
+
+
+def _refuse_another_temperature(header: GgufHeader, encoded: GgufLongRope) -> None:
+    """mistral3 counts its attention temperature in units of the original context length."""
+    if header.architecture != "mistral3" or not header.arch_get("attention.temperature_scale"):
+        return
+    name = "mistral3.rope.scaling.original_context_length"
+    old = header.get(name, header.arch_get("context_length"))
+    new = next((entry.value for entry in encoded.set_keys if entry.key == name), old)
+    if new != old:
+        raise UnsupportedError(
+            f"{header.path}: its attention temperature depends on {name} = {old}, and these "
+            f"factors need {new}: make them with a first tier of {old} tokens"
+        )
 
 
 def add_to_plan(plan: GgufPlan, config: LongRopeConfig) -> GgufPlan:
