@@ -235,10 +235,17 @@ def test_verbose_shows_where_it_went_wrong(tmp_path: Path) -> None:
     assert "Traceback" in result.stderr
 
 
+def hear_interrupts() -> None:
+    """A test run in the background of a shell ignores SIGINT, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_and_signal(arguments: list[object], folder: Path, number: signal.Signals) -> int:
     """Send a signal as soon as the temporary file shows up; returns the exit code."""
     command = [sys.executable, "-m", "longrope_export", *map(str, arguments)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
+    )
     deadline = time.monotonic() + 60
     while not list(folder.glob(".*.partial")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
