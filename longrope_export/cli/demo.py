@@ -152,7 +152,7 @@ def _print_result(
     from rich.table import Table
 
     console = Console()
-    table = Table(title="Perplexity of the second half of the context (lower is better)")
+    table = Table(title="Perplexity, lower is better")
     for name in ("context", "original file", f"extended to {target_length}", "ratio"):
         table.add_column(name, justify="right")
     for row in rows:
