@@ -366,3 +366,8 @@ def test_split_model_with_factors_in_a_later_shard(tmp_path: Path, factors: Path
         write_gguf_file(tmp_path / f"m-0000{number + 1}-of-00002.gguf", keys, tensors)
     result = run("gguf", tmp_path / "m-00001-of-00002.gguf", "--factors", factors)
     check_refused(result, "m-00002-of-00002.gguf", "llama-gguf-split --merge")
+    first = tmp_path / "m-00001-of-00002.gguf"
+    before = sha256(first)
+    result = run("gguf", first, "--factors", factors, "--in-place")
+    check_refused(result, "m-00002-of-00002.gguf", "llama-gguf-split --merge")
+    assert sha256(first) == before

@@ -28,8 +28,9 @@ from longrope_export.rope import (
 
 GGML_TYPE_F32 = 0
 
-# what numbers of absurd size or values of the wrong kind raise on their way through the formulas
 MAX_LAYERS = 1 << 16
+
+# what numbers of absurd size or values of the wrong kind raise on their way through the formulas
 _MALFORMED = (TypeError, ValueError, OverflowError, ZeroDivisionError)
 
 

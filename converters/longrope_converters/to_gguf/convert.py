@@ -130,7 +130,6 @@ class GgufConverter:
         """
         self.check(model, config)
         if model.kind is ModelKind.GGUF:
-            _refuse_factors_in_later_shards(find_shards(model.path))
             apply_edit(read_header(model.path), _edit(model.path, config))
             return
         from longrope_converters.to_gguf.hf_plan import is_native
@@ -173,18 +172,16 @@ class GgufConverter:
     ) -> str:
         if model.kind is ModelKind.GGUF:
             shards = find_shards(model.path)
-            _refuse_factors_in_later_shards(shards)
             outputs = shard_outputs(output, len(shards))
             bake_split(shards, outputs, _edit(model.path, config), progress)
             return "bake"
         # a bake needs none of these, and starts in half the time without them
         from longrope_converters.to_gguf.hf_plan import is_native
-        from longrope_converters.to_gguf.stream import plan_layout, write_gguf
+        from longrope_converters.to_gguf.stream import write_gguf
 
         if not is_native(read_hf_config(model.path)):
             return self._write_with_stock(model, config, output, outtype or "auto", progress)
         plan = self._plan(model, config, outtype)
-        plan_layout(plan)
         with replace_when_done(output) as temporary:
             write_gguf(plan, temporary, self.options.threads, progress)
         return "native"
@@ -257,7 +254,10 @@ class GgufConverter:
 
 
 def _edit(path: Path, config: LongRopeConfig | None) -> HeaderEdit:
-    return HeaderEdit() if config is None else edit_for(read_header(path), config)
+    if config is None:
+        return HeaderEdit()
+    _refuse_factors_in_later_shards(find_shards(path))
+    return edit_for(read_header(path), config)
 
 
 def _refuse_factors_in_later_shards(shards: Sequence[Path]) -> None:
