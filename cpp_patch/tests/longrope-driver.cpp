@@ -1,0 +1,248 @@
+// Runs a model by a script, for tests: reads commands from standard input, writes the logits of every
+// decoded token as float32 to a file. Uses the public API only, and the longrope part of it only if
+// the library has it, so that one program measures the patched and the stock library.
+//
+//   longrope-driver MODEL LOGITS_FILE < script
+//
+//   ctx NAME=VALUE ...   n_ctx n_batch n_ubatch n_seq_max unified fa type_k type_v swa_full n_threads
+//   add SEQ[,SEQ] POS TOKEN [TOKEN...]     more tokens of the batch
+//   decode                                 decode the batch; the logits of all its tokens are written
+//   rm SEQ P0 P1 | cp SRC DST P0 P1 | keep SEQ | shift SEQ P0 P1 DELTA | clear
+//   switch file|causal|sequence | length SEQ N | must SEQ N
+//   save FILE | load FILE | save_seq FILE SEQ | load_seq FILE SEQ
+//
+// Prints "must 0|1" and "time MICROSECONDS" (of each decode) on standard output.
+
+#include "ggml-backend.h"
+#include "llama.h"
+
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+[[noreturn]] static void fail(const std::string & message) {
+    fprintf(stderr, "longrope-driver: %s\n", message.c_str());
+    exit(1);
+}
+
+template <typename F> static F find_function(const char * name) {
+    auto * function = (F) dlsym(RTLD_DEFAULT, name);
+    if (!function) {
+        fail(std::string(name) + " is not in this library");
+    }
+    return function;
+}
+
+static ggml_type parse_type(const std::string & name) {
+    for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        if (name == ggml_type_name(type)) {
+            return type;
+        }
+    }
+    fail("unknown type " + name);
+}
+
+static std::vector<uint8_t> read_file(const std::string & path) {
+    std::ifstream in(path, std::ios::binary);
+    return std::vector<uint8_t>(std::istreambuf_iterator<char>(in), {});
+}
+
+static void write_file(const std::string & path, const std::vector<uint8_t> & data) {
+    std::ofstream(path, std::ios::binary).write((const char *) data.data(), data.size());
+}
+
+struct token {
+    llama_token               id;
+    llama_pos                 pos;
+    std::vector<llama_seq_id> seqs;
+};
+
+int main(int argc, char ** argv) {
+    if (argc != 3) {
+        fail("usage: longrope-driver MODEL LOGITS_FILE < script");
+    }
+    llama_log_set(
+        [](ggml_log_level level, const char * text, void *) {
+            if (level >= GGML_LOG_LEVEL_WARN) {
+                fputs(text, stderr);
+            }
+        },
+        nullptr);
+    ggml_backend_load_all();
+    llama_backend_init();
+
+    llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
+    if (!model) {
+        fail("cannot load the model");
+    }
+    const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+
+    std::ofstream      logits(argv[2], std::ios::binary);
+    llama_context *    ctx = nullptr;
+    std::vector<token> batch;
+
+    std::string line;
+    while (std::getline(std::cin, line)) {
+        std::istringstream in(line);
+        std::string        command;
+        if (!(in >> command)) {
+            continue;
+        }
+        if (command == "ctx") {
+            llama_context_params params = llama_context_default_params();
+            params.n_threads = params.n_threads_batch = 2;
+            params.n_seq_max                          = 1;
+            params.type_k = params.type_v = GGML_TYPE_F32;
+            params.flash_attn_type        = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+            std::string option;
+            while (in >> option) {
+                const auto        equals = option.find('=');
+                const std::string name   = option.substr(0, equals);
+                const std::string value  = option.substr(equals + 1);
+                if (name == "type_k") {
+                    params.type_k = parse_type(value);
+                } else if (name == "type_v") {
+                    params.type_v = parse_type(value);
+                } else if (name == "unified") {
+                    params.kv_unified = value == "1";
+                } else if (name == "swa_full") {
+                    params.swa_full = value == "1";
+                } else if (name == "fa") {
+                    params.flash_attn_type =
+                        value == "1" ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+                } else if (name == "n_ctx") {
+                    params.n_ctx = std::stoi(value);
+                } else if (name == "n_batch") {
+                    params.n_batch = std::stoi(value);
+                } else if (name == "n_ubatch") {
+                    params.n_ubatch = std::stoi(value);
+                } else if (name == "n_seq_max") {
+                    params.n_seq_max = std::stoi(value);
+                } else if (name == "n_threads") {
+                    params.n_threads = params.n_threads_batch = std::stoi(value);
+                } else {
+                    fail("unknown option " + name);
+                }
+            }
+            llama_free(ctx);
+            ctx = llama_init_from_model(model, params);
+            if (!ctx) {
+                fail("cannot make a context");
+            }
+            continue;
+        }
+        if (!ctx) {
+            fail("the first command must be ctx");
+        }
+        llama_memory_t memory = llama_get_memory(ctx);
+        if (command == "add") {
+            std::string seqs;
+            llama_pos   pos;
+            in >> seqs >> pos;
+            std::vector<llama_seq_id> list;
+            std::istringstream        names(seqs);
+            for (std::string name; std::getline(names, name, ',');) {
+                list.push_back(std::stoi(name));
+            }
+            for (llama_token id; in >> id;) {
+                batch.push_back({ id, pos++, list });
+            }
+        } else if (command == "decode") {
+            llama_batch raw = llama_batch_init(batch.size(), 0, 16);
+            for (const auto & t : batch) {
+                const int i     = raw.n_tokens++;
+                raw.token[i]    = t.id;
+                raw.pos[i]      = t.pos;
+                raw.n_seq_id[i] = t.seqs.size();
+                for (size_t s = 0; s < t.seqs.size(); ++s) {
+                    raw.seq_id[i][s] = t.seqs[s];
+                }
+                raw.logits[i] = true;
+            }
+            const int64_t t0     = ggml_time_us();
+            const int     status = llama_decode(ctx, raw);
+            llama_synchronize(ctx);
+            printf("time %lld\n", (long long) (ggml_time_us() - t0));
+            if (status != 0) {
+                fail("llama_decode returned " + std::to_string(status));
+            }
+            for (int i = 0; i < raw.n_tokens; ++i) {
+                logits.write((const char *) llama_get_logits_ith(ctx, i), n_vocab * sizeof(float));
+            }
+            llama_batch_free(raw);
+            batch.clear();
+        } else if (command == "rm") {
+            int s, p0, p1;
+            in >> s >> p0 >> p1;
+            llama_memory_seq_rm(memory, s, p0, p1);
+        } else if (command == "cp") {
+            int src, dst, p0, p1;
+            in >> src >> dst >> p0 >> p1;
+            llama_memory_seq_cp(memory, src, dst, p0, p1);
+        } else if (command == "keep") {
+            int s;
+            in >> s;
+            llama_memory_seq_keep(memory, s);
+        } else if (command == "shift") {
+            int s, p0, p1, delta;
+            in >> s >> p0 >> p1 >> delta;
+            llama_memory_seq_add(memory, s, p0, p1, delta);
+        } else if (command == "clear") {
+            llama_memory_clear(memory, true);
+        } else if (command == "switch") {
+            std::string name;
+            in >> name;
+            const int rule = name == "causal" ? 1 : name == "sequence" ? 2 : 0;
+            if (!find_function<bool (*)(llama_context *, int)>("llama_longrope_set_switch")(ctx, rule)) {
+                fail("llama_longrope_set_switch returned false");
+            }
+        } else if (command == "length") {
+            int      s;
+            uint32_t n;
+            in >> s >> n;
+            find_function<void (*)(llama_context *, llama_seq_id, uint32_t)>("llama_longrope_set_length")(ctx, s, n);
+        } else if (command == "must") {
+            int      s;
+            uint32_t n;
+            in >> s >> n;
+            printf("must %d\n", find_function<bool (*)(const llama_context *, llama_seq_id, uint32_t)>(
+                                    "llama_longrope_must_reprocess")(ctx, s, n));
+        } else if (command == "save" || command == "save_seq") {
+            std::string path;
+            in >> path;
+            int s = -1;
+            in >> s;
+            std::vector<uint8_t> data(command == "save" ? llama_state_get_size(ctx) : llama_state_seq_get_size(ctx, s));
+            const size_t         n = command == "save" ? llama_state_get_data(ctx, data.data(), data.size()) :
+                                                         llama_state_seq_get_data(ctx, data.data(), data.size(), s);
+            if (n == 0) {
+                fail("cannot save the state");
+            }
+            data.resize(n);
+            write_file(path, data);
+        } else if (command == "load" || command == "load_seq") {
+            std::string path;
+            in >> path;
+            int s = -1;
+            in >> s;
+            const auto   data = read_file(path);
+            const size_t n    = command == "load" ? llama_state_set_data(ctx, data.data(), data.size()) :
+                                                    llama_state_seq_set_data(ctx, data.data(), data.size(), s);
+            if (n == 0) {
+                fail("cannot load the state");
+            }
+        } else {
+            fail("unknown command " + command);
+        }
+    }
+    llama_free(ctx);
+    llama_model_free(model);
+    return 0;
+}
