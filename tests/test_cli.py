@@ -22,7 +22,8 @@ from gguf_files import gguf_keys, write_gguf_file
 from tiny_models import add_bpe_tokenizer, make_model
 
 from longrope_export.factor_files import to_json
-from longrope_export.gguf_format import TensorInfo, build_header, make_key_value, read_header
+from longrope_export.gguf_format import TensorInfo, build_header, read_header
+from longrope_export.gguf_values import make_key_value
 from longrope_export.ladder import make_config
 from longrope_export.models.model import load_model
 
