@@ -18,6 +18,8 @@ from longrope_export.errors import GgufError
 
 GGML_TYPE_F32 = 0
 
+_pack_length = struct.Struct("<Q").pack
+
 # ggml type number -> (elements of a block, bytes of a block)
 GGML_BLOCKS: Mapping[int, tuple[int, int]] = {
     0: (1, 4),  # F32
@@ -128,10 +130,11 @@ def make_array(key: str, element_type: ValueType, values: Any) -> KeyValue:
     """Encode an array: any sequence or numpy array of numbers or bools, or str or bytes."""
     head = struct.pack("<IQ", element_type, len(values))
     if element_type == ValueType.STRING:
-        body = b"".join(
-            struct.pack("<Q", len(item)) + item
-            for item in (v if isinstance(v, bytes) else v.encode("utf-8") for v in values)
-        )
+        pieces: list[bytes] = []
+        for text in values:
+            raw = text if isinstance(text, bytes) else text.encode("utf-8")
+            pieces += (_pack_length(len(raw)), raw)
+        body = b"".join(pieces)
     else:
         body = np.asarray(values, dtype=SCALARS[element_type]).tobytes()
     return KeyValue(key, ValueType.ARRAY, head + body)
@@ -157,7 +160,7 @@ def tensor_bytes(shape: Iterable[int], ggml_type: int) -> int | None:
 
 def pack_string(text: str) -> bytes:
     raw = text.encode("utf-8")
-    return struct.pack("<Q", len(raw)) + raw
+    return _pack_length(len(raw)) + raw
 
 
 def _encode_scalar(value_type: ValueType, value: Any) -> bytes:

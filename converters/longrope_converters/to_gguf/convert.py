@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from longrope_converters.base import ExportReport, Progress
@@ -224,6 +223,8 @@ class GgufConverter:
         outtype: str,
         progress: Progress,
     ) -> None:
+        from tempfile import TemporaryDirectory
+
         from longrope_converters.to_gguf.stock import convert_with_stock
 
         with TemporaryDirectory(dir=output.parent, prefix=".longrope-") as folder:
@@ -251,6 +252,8 @@ class GgufConverter:
         outtype: str,
         progress: Progress,
     ) -> str:
+        from tempfile import TemporaryDirectory
+
         from longrope_converters.to_gguf.quantize import quantize
 
         with TemporaryDirectory(dir=output.parent, prefix=".longrope-") as folder:

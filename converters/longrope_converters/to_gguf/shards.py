@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -89,6 +88,8 @@ def bake_split(
             try:
                 os.link(shard.path.resolve(), temporary)
             except OSError:
+                import shutil  # slow to import, hardly ever needed
+
                 shutil.copyfile(shard.path, temporary)
 
 
