@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from longrope_converters.to_gguf.convert import GgufConverter
+from longrope_export.cli import main
 from longrope_export.demo.material import fetch_smollm2, write_help_text
 from longrope_export.ladder import make_config
 from longrope_export.llama_cpp.perplexity import run_perplexity
@@ -51,3 +54,20 @@ def test_it_generates_english(extended: Path, programs: Path) -> None:
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
     )
     assert "Paris" in result.stdout
+
+
+def test_the_demo_runs_and_leaves_files_of_the_same_name_alone(
+    programs: Path, tmp_path: Path
+) -> None:
+    precious = [tmp_path / name for name in ("factors.json", "help.txt", "smollm2-32768.gguf")]
+    for path in precious:
+        path.write_text("precious")
+    arguments = ["-q", "demo", "-o", str(tmp_path), "--lengths", "256", "--json"]
+    for _ in range(2):  # the second time over its own files
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert [row["context"] for row in values["rows"]] == [256]
+    assert 1 < values["rows"][0]["after"] < 100
+    assert Path(values["model"]) == tmp_path / "longrope-demo" / "smollm2-32768.gguf"
+    assert [path.read_text() for path in precious] == ["precious"] * 3
