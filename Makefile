@@ -45,4 +45,4 @@ $(VENV)/.dev: pyproject.toml requirements-dev.txt
 	touch $@ $(VENV)/.user
 
 clean:
-	rm -rf $(VENV) demo dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) longrope-demo dist .mypy_cache .ruff_cache .pytest_cache
