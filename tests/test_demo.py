@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from longrope_export.cli import main
 from longrope_export.cli.demo import _what_is_missing
 from longrope_export.demo.budget import affordable_contexts, estimate_seconds
+from longrope_export.demo.measured import measure_once
 
 # seconds of whole runs on two idle cores, context -> measured
 MEASURED = {2048: 11.5, 4096: 33.5, 8192: 97.2, 12288: 195.7, 16384: 326.4}
@@ -55,3 +56,31 @@ def test_wrong_use(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert "--lengths" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_measurement_is_kept_until_one_of_its_inputs_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script in place of llama-perplexity counts how often it runs."""
+    monkeypatch.setenv("LONGROPE_EXPORT_CACHE", str(tmp_path / "cache"))
+    program, runs = tmp_path / "bin" / "llama-perplexity", tmp_path / "runs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho x >> {runs}\necho Final estimate: PPL = 9.5 +/- 0.2\n")
+    program.chmod(0o755)
+    model, text = tmp_path / "m.gguf", tmp_path / "t.txt"
+    model.write_text("model")
+    text.write_text("text")
+
+    def runs_after(context: int) -> int:
+        measured = measure_once(program, model, text, context=context)
+        assert (measured.perplexity.value, measured.perplexity.context) == (9.5, context)
+        return len(runs.read_text().split())
+
+    assert [runs_after(256), runs_after(256), runs_after(512)] == [1, 1, 2]
+    model.write_text("Model")
+    assert [runs_after(256), runs_after(256)] == [3, 3]
+    (program.parent / "libllama.so").touch()
+    assert runs_after(256) == 4
+    for record in (tmp_path / "cache" / "perplexity").iterdir():
+        record.write_text("{")
+    assert runs_after(256) == 5

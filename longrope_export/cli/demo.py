@@ -21,7 +21,7 @@ from longrope_export.cli.common import (
 
 if TYPE_CHECKING:
     from longrope_export.config import LongRopeConfig
-    from longrope_export.llama_cpp.perplexity import Perplexity
+    from longrope_export.demo.measured import Measured
     from longrope_export.models.model import Model
 
 PROGRAMS = ("llama-perplexity", "llama-completion")
@@ -59,7 +59,8 @@ def command(
     """Take a real 8k model to 32k in llama.cpp, from nothing.
 
     Fetches SmolLM2-135M, builds llama.cpp (both are cached), makes YaRN factors, bakes them into
-    the GGUF, and measures the perplexity of both files on Python's own help texts.
+    the GGUF, and measures the perplexity of both files on Python's own help texts. What is
+    fetched, built and measured is kept, so that a second run goes further.
 
     \b
     longrope-export demo
@@ -72,8 +73,8 @@ def command(
         estimate_seconds,
     )
     from longrope_export.demo.material import fetch_smollm2, write_help_text
+    from longrope_export.demo.measured import measure_once
     from longrope_export.llama_cpp.binaries import require_binaries
-    from longrope_export.llama_cpp.perplexity import run_perplexity
     from longrope_export.llama_cpp.progress import build_progress
     from longrope_export.models.model import load_model
 
@@ -92,32 +93,26 @@ def command(
     text = folder / "help.txt"
     write_help_text(text)
 
-    measured: dict[tuple[str, int], Perplexity] = {}
-
-    def measure(name: str, context: int) -> Perplexity:
-        if (name, context) not in measured:
-            path = source if name == "before" else extended
-            with _step(f"perplexity at {context} tokens, {name}"):
-                measured[name, context] = run_perplexity(
-                    programs / "llama-perplexity", path, text, context=context, threads=threads
-                )
-        return measured[name, context]
+    def measure(name: str, context: int) -> Measured:
+        path = source if name == "before" else extended
+        with _step(f"perplexity at {context} tokens, {name}"):
+            return measure_once(
+                programs / "llama-perplexity", path, text, context=context, threads=threads
+            )
 
     hint = ""
     if contexts is None:
         budget = 6.0 if budget is None else budget
-        begun = time.monotonic()
-        measure("before", PROBE_CONTEXT)
-        now = time.monotonic()
-        left = 60 * budget - (now - started) - _GENERATION_SECONDS
-        contexts = affordable_contexts(left, now - begun)
-        full = sum(2 * estimate_seconds(context, now - begun) for context in FULL_CONTEXTS)
+        probe = measure("before", PROBE_CONTEXT).seconds
+        left = 60 * budget - (time.monotonic() - started) - _GENERATION_SECONDS
+        contexts = affordable_contexts(left, probe)
+        full = sum(2 * estimate_seconds(context, probe) for context in FULL_CONTEXTS)
         hint = _what_is_missing(contexts, model.window, budget, full)
     rows: list[dict[str, Any]] = []
     for context in contexts:
         row: dict[str, Any] = {"context": context}
         for name in ("before", "after"):
-            result = measure(name, context)
+            result = measure(name, context).perplexity
             row[name], row[f"{name}_error"] = result.value, result.standard_error
         rows.append(row)
     with _step("a few tokens from the new file"):
