@@ -108,7 +108,7 @@ class GgufConverter:
             LongRopeError: see check; or the source is damaged, or the output cannot be written.
         """
         self.check(model, config)
-        if config is None and model.native.provenance.get("method") == "model (longrope)":
+        if config is None and model.has_longrope:
             config = model.native
         if self.options.in_place:
             bake_in_place(model.path, _edit(model.path, config))
