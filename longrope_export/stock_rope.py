@@ -79,19 +79,21 @@ def write_stock_rope(
     values: Mapping[str, Any],
     config: LongRopeConfig,
     family: Family,
+    head_dim: int,
     partial_rotary_factor: float,
 ) -> dict[str, Any]:
     """A copy of config.json's values with the nearest stock longrope in place of any scaling.
 
     Args:
         values: the whole file; where the text model's part is nested (text_config), that is changed.
-        partial_rotary_factor: the model's own, rotated share of head_dim.
+        head_dim, partial_rotary_factor: the model's own. head_dim is always written: where a class
+            has none by default (Mixtral), transformers 5 fails to check the factors.
     """
     text = values.get("text_config")
     if isinstance(text, Mapping):
         return {
             **values,
-            "text_config": write_stock_rope(text, config, family, partial_rotary_factor),
+            "text_config": write_stock_rope(text, config, family, head_dim, partial_rotary_factor),
         }
     stock = stock_config(config)
     long_tier, attention = stock.tiers[-1], stock.tiers[-1].attention_factor
@@ -118,6 +120,7 @@ def write_stock_rope(
         **numbers,
     }
     changes: dict[str, Any] = {
+        "head_dim": head_dim,
         "max_position_embeddings": stock.max_position_embeddings,
         "original_max_position_embeddings": border,
         "rope_theta": config.rope_theta,

@@ -172,7 +172,7 @@ class SafetensorsConverter:
         text = json.dumps(settings, indent=2)
         if definition is not None:
             settings = write_stock_rope(
-                settings, definition, model.family, hf.rope.partial_rotary_factor
+                settings, definition, model.family, model.head_dim, hf.rope.partial_rotary_factor
             )
             if self.options.remote_code:
                 settings["auto_map"] = _write_code(folder, hf.architecture)
