@@ -7,11 +7,12 @@ or beside the block. What is written here satisfies all of them:
     max_position_embeddings             target
     original_max_position_embeddings    border between short and long, also inside both blocks
     rope_theta                          also inside rope_parameters
-    rope_scaling      {type, short_factor, long_factor, original_max_position_embeddings, factor,
+    rope_scaling      {rope_type, short_factor, long_factor, original_max_position_embeddings, factor,
                        attention_factor, short_mscale, long_mscale}
-    rope_parameters   the same with rope_type for type, and rope_theta
+    rope_parameters   the same and rope_theta; one block per layer type for gemma3
 
-Only `type` stands in rope_scaling: ExLlamaV2 refuses both words, mlx-lm's phi3 wants this one.
+One word for the kind, since ExLlamaV2 refuses both: `rope_type`, which transformers 4 wants for
+granite and gemma3, but `type` for the phi families, where it and mlx-lm know no other.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def write_stock_rope(
     }
     partial = {} if partial_rotary_factor == 1 else {"partial_rotary_factor": partial_rotary_factor}
     # transformers 4 refuses any fourth key for phi3; what it computes then must be what is meant
+    kind = "type" if family.name.startswith("phi") else "rope_type"
     three_keys = family.name == "phi3" and has_formula_attention_factor(config)
     parameters: dict[str, Any] = {
         "rope_type": "longrope",
@@ -125,7 +127,7 @@ def write_stock_rope(
         "original_max_position_embeddings": border,
         "rope_theta": config.rope_theta,
         **partial,
-        "rope_scaling": {"type": "longrope", **factors, **({} if three_keys else numbers)},
+        "rope_scaling": {kind: "longrope", **factors, **({} if three_keys else numbers)},
         "rope_parameters": parameters,
     }
     if family.global_layers_only:  # no flat rope_parameters: transformers 5 would ignore it

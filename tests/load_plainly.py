@@ -16,9 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def main(output: str, trust: str, lengths: str, *folders: str) -> None:
     import numpy as np
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
-    found = {}
+    found = {"transformers": np.array(transformers.__version__)}
     for folder in folders:
         options = {"trust_remote_code": True} if trust == "trust" else {}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
