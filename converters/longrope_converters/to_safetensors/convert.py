@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from longrope_export.config import LongRopeConfig
 from longrope_export.definition import dump_factors, to_json
 from longrope_export.errors import UnsupportedError
 from longrope_export.honours import Verdict, honours
-from longrope_export.models.hf_config import HfConfig, read_hf_config
+from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
 from longrope_export.outputs import check_output_folder, replace_folder_when_done
 from longrope_export.stock_rope import (
@@ -121,16 +122,42 @@ class SafetensorsConverter:
         check_output_folder(output, [model.path], force=self.options.force, marker=DEFINITION_FILE)
         definition = self._definition(model, config)
         if model.kind is ModelKind.GGUF:
-            raise UnsupportedError("GGUF sources follow")
+            return self._convert_gguf(model, definition, output, progress)
         source = read_source_folder(model.path)
-        hf = read_hf_config(model.path)
+        partial = read_hf_config(model.path).rope.partial_rotary_factor
         with replace_folder_when_done(output) as folder:
-            self._write_settings(folder, source.values, hf, definition, model)
+            self._write_settings(folder, source.values, partial, definition, model)
             copy_other_files(source, folder)
-            text = "" if definition is None else json.dumps(to_json(definition))
+            text = _definition_text(definition)
             copy_weights(source, folder, text, link=self.options.link, progress=progress)
         route = "linked" if self.options.link else "copied"
         return self._report(model, definition, output, route, _source_notes(source))
+
+    def _convert_gguf(
+        self, model: Model, definition: LongRopeConfig | None, output: Path, progress: Progress
+    ) -> ExportReport:
+        # a folder as source needs neither the gguf package's kernels nor tokenizers
+        from longrope_converters.to_safetensors.dequantize import own_dtype, write_weights
+        from longrope_converters.to_safetensors.gguf_folder import all_settings, write_tokenizer
+        from longrope_converters.to_safetensors.gguf_settings import read_gguf_model
+
+        source = read_gguf_model(model)
+        dtype = self.options.dtype or own_dtype(source.tensors)
+        partial = model.native.rotary_dim / model.head_dim
+        with replace_folder_when_done(output) as folder:
+            values = all_settings(source, model, dtype)
+            self._write_settings(folder, values, partial, definition, model)
+            notes = write_tokenizer(source.header, folder, model.window)
+            write_weights(
+                source.tensors,
+                folder,
+                dtype,
+                definition=_definition_text(definition),
+                max_shard_bytes=self.options.max_shard_bytes,
+                threads=self.options.threads,
+                progress=progress,
+            )
+        return self._report(model, definition, output, f"dequantized to {dtype}", notes)
 
     def dry_run(self, model: Model, config: LongRopeConfig | None) -> None:
         """Everything of convert but the writing.
@@ -139,11 +166,22 @@ class SafetensorsConverter:
             LongRopeError: what convert would raise before it writes.
         """
         self.check(model, config)
-        read_source_folder(model.path)
+        self.output_bytes(model)
 
     def output_bytes(self, model: Model) -> int:
-        """Bytes that convert will report to its progress callback, about."""
-        return read_source_folder(model.path).num_bytes
+        """Bytes that convert will report to its progress callback, about; checks the source.
+
+        Raises:
+            LongRopeError: weights or settings that are missing, damaged or not known here.
+        """
+        if model.kind is ModelKind.HF:
+            return read_source_folder(model.path).num_bytes
+        from longrope_converters.to_safetensors.dequantize import own_dtype
+        from longrope_converters.to_safetensors.gguf_settings import read_gguf_model
+
+        tensors = read_gguf_model(model).tensors
+        item_bytes = 4 if (self.options.dtype or own_dtype(tensors)) == "f32" else 2
+        return item_bytes * sum(math.prod(tensor.shape) for tensor in tensors)
 
     def _definition(self, model: Model, config: LongRopeConfig | None) -> LongRopeConfig | None:
         """The config to be written, or None where the source is plain and stays so."""
@@ -161,7 +199,7 @@ class SafetensorsConverter:
         self,
         folder: Path,
         values: Mapping[str, Any],
-        hf: HfConfig,
+        partial_rotary_factor: float,
         definition: LongRopeConfig | None,
         model: Model,
     ) -> None:
@@ -172,10 +210,10 @@ class SafetensorsConverter:
         text = json.dumps(settings, indent=2)
         if definition is not None:
             settings = write_stock_rope(
-                settings, definition, model.family, model.head_dim, hf.rope.partial_rotary_factor
+                settings, definition, model.family, model.head_dim, partial_rotary_factor
             )
             if self.options.remote_code:
-                settings["auto_map"] = _write_code(folder, hf.architecture)
+                settings["auto_map"] = _write_code(folder, str(values["architectures"][0]))
             # the whole config on one line: a ladder has thousands of numbers
             whole = json.dumps(to_json(definition))
             text = json.dumps(settings, indent=2)[:-2] + f',\n  "{DEFINITION_KEY}": {whole}\n}}'
@@ -243,6 +281,10 @@ def stock_losses(config: LongRopeConfig, model: Model) -> dict[str, str]:
     if model.family.global_layers_only and config.layers != model.native.layers:
         lost["layers"] = "the layers with full attention are rescaled, and only those"
     return lost
+
+
+def _definition_text(definition: LongRopeConfig | None) -> str:
+    return "" if definition is None else json.dumps(to_json(definition))
 
 
 def _write_code(folder: Path, architecture: str) -> dict[str, str]:
