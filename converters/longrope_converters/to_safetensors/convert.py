@@ -217,7 +217,9 @@ class SafetensorsConverter:
             # the whole config on one line: a ladder has thousands of numbers
             whole = json.dumps(to_json(definition))
             text = json.dumps(settings, indent=2)[:-2] + f',\n  "{DEFINITION_KEY}": {whole}\n}}'
-            (folder / DEFINITION_FILE).write_text(dump_factors(definition), encoding="utf-8")
+        # of a plain model too: by this file --force knows a folder of ours
+        full = dump_factors(definition or model.native)
+        (folder / DEFINITION_FILE).write_text(full, encoding="utf-8")
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     def _report(
