@@ -97,6 +97,8 @@ class SafetensorsConverter:
                 f"{model.path}: it is not known here whether {model.architecture!r} in "
                 f"transformers applies longrope factors"
             )
+        if options.remote_code:
+            _modeling_source(_architecture(model))
         lost = stock_losses(definition, model)
         if lost and not options.remote_code and not options.approximate:
             fields = "\n".join(f"  {name}: {note}" for name, note in lost.items())
@@ -213,7 +215,7 @@ class SafetensorsConverter:
                 settings, definition, model.family, model.head_dim, partial_rotary_factor
             )
             if self.options.remote_code:
-                settings["auto_map"] = _write_code(folder, str(values["architectures"][0]))
+                settings["auto_map"] = _write_code(folder, _architecture(model))
             # the whole config on one line: a ladder has thousands of numbers
             whole = json.dumps(to_json(definition))
             text = json.dumps(settings, indent=2)[:-2] + f',\n  "{DEFINITION_KEY}": {whole}\n}}'
@@ -289,11 +291,26 @@ def _definition_text(definition: LongRopeConfig | None) -> str:
     return "" if definition is None else json.dumps(to_json(definition))
 
 
-def _write_code(folder: Path, architecture: str) -> dict[str, str]:
-    """The modelling file, and its entry in auto_map."""
+def _architecture(model: Model) -> str:
+    """The class in transformers; a GGUF names its own architecture instead."""
+    return model.architecture if model.kind is ModelKind.HF else model.family.hf_architectures[0]
+
+
+def _modeling_source(architecture: str) -> tuple[str, str, str]:
+    """File name, class name, text.
+
+    Raises:
+        UnsupportedError: no modelling file is known for this architecture.
+    """
     from longrope_export.hf_runtime.remote_code import modeling_source
 
-    file_name, class_name, text = modeling_source(architecture)
+    source: tuple[str, str, str] = modeling_source(architecture)
+    return source
+
+
+def _write_code(folder: Path, architecture: str) -> dict[str, str]:
+    """The modelling file, and its entry in auto_map."""
+    file_name, class_name, text = _modeling_source(architecture)
     (folder / file_name).write_text(text, encoding="utf-8")
     return {"AutoModelForCausalLM": f"{file_name.removesuffix('.py')}.{class_name}"}
 
