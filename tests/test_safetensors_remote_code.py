@@ -64,7 +64,7 @@ def test_the_whole_config_is_computed_for_those_who_trust_the_file(
         config, model = everything(source), hf_reference.toy_model(family, vocab_size=320)
         for length in LENGTHS:
             expected = hf_reference.reference_logits(model, config, tokens(length)[0], None)
-            difference = np.abs(expected.numpy() - found[f"{folder} {length}"]).max()
+            difference = np.abs(expected.detach().numpy() - found[f"{folder} {length}"]).max()
             assert difference <= 1e-4, f"{family}, {length} tokens: {difference}"
 
 
