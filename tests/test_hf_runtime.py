@@ -75,7 +75,9 @@ def test_every_family_computes_the_definition(family: str, switch: str) -> None:
         ids, mask = padded(sequences, side)
         logits = model(ids, attention_mask=mask).logits
         for index in range(3):
-            torch.testing.assert_close(logits[index][mask[index] == 1], whole[index], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                logits[index][mask[index] == 1], whole[index], atol=1e-4, rtol=0
+            )
 
     ids, mask = padded(sequences, "left")
     for cuts in ([9, 12, 15], list(range(1, ids.shape[1]))):

@@ -70,13 +70,16 @@ def longrope_attention(
         longrope_query_scale: (batch, n) float32, log scaling of the queries.
     """
     config: Any = module.config
-    attend = own_attention(module, config.original._attn_implementation)
+    name = config.original._attn_implementation
+    attend = own_attention(module, name)
     if longrope_query_scale is not None and not config.is_exempt:
         query = (query.float() * longrope_query_scale[:, None, :, None]).to(query.dtype)
     if longrope_pass is None or not config.is_rescaled:
         return attend(config.module, query, key, value, attention_mask, **kwargs)
-    name = config.original._attn_implementation
-    return longrope_pass.attend(name, attend, config.module, query, key, value, attention_mask, kwargs)
+    joined: tuple[Tensor, Tensor | None] = longrope_pass.attend(
+        name, attend, config.module, query, key, value, attention_mask, kwargs
+    )
+    return joined
 
 
 def own_attention(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -100,7 +103,12 @@ class SegmentedPass:
     """
 
     def __init__(
-        self, plan: Any, turn: Callable[..., Any], rotate: Callable[..., Tensor], keep: bool, error: type[Exception]
+        self,
+        plan: Any,
+        turn: Callable[..., Any],
+        rotate: Callable[..., Tensor],
+        keep: bool,
+        error: type[Exception],
     ) -> None:
         self.plan, self.turn, self.rotate, self.keep, self.error = plan, turn, rotate, keep, error
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from longrope_export.hf_runtime.core.rotation import TierTables, rotate
+
+ROTATABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 @dataclass
@@ -107,3 +120,90 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
             Columns(whole.positions[rows], whole.real[rows], None if ids is None else ids[rows])
         ]
         self.tiers = self.tiers[rows]
+
+
+def known_rows(cache: Any, error: type[Exception]) -> CachedRows | None:
+    """What the runtime knows of a cache that a forward is called with; None for an empty one.
+
+    Raises:
+        error: an unknown kind of cache, or one that was filled or cut behind the runtime's back.
+    """
+    if cache is None:
+        return None
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise error(f"cache of type {type(cache).__name__} is not known; use DynamicCache")
+    rows, held = CachedRows.of(cache), int(cache.get_seq_length())
+    seen = rows.length if rows else 0
+    if held != seen:
+        raise error(
+            f"the cache holds {held} tokens of which the runtime has seen {seen}: it must be "
+            f"filled by this model after the runtime was put on it, and cut only with cache.crop"
+        )
+    return rows
+
+
+def turn_cache(
+    cache: Any,
+    rows: CachedRows,
+    tiers: Tensor,
+    layers: Iterable[int],
+    tables: TierTables,
+    error: type[Exception],
+) -> None:
+    """Rotate the cached keys again, each row to its new tier; rows that stay turn by nothing.
+
+    Args:
+        tiers: (batch,) new tier indices.
+        layers: the layers that are rescaled.
+
+    Raises:
+        error: a layer of the cache does not hold its keys as plain tensors.
+    """
+    assert rows.tiers is not None
+    held_layers = [(index, cache.layers[index]) for index in sorted(layers)]
+    for index, layer in held_layers:
+        if type(layer) not in ROTATABLE_LAYERS:
+            raise error(
+                f"layer {index} of the cache is a {type(layer).__name__}, whose keys cannot be "
+                f"rotated again at a tier border; use DynamicCache or StaticCache"
+            )
+    positions = rows.columns().positions
+    turns: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    for _, layer in held_layers:
+        keys = layer.keys
+        if keys.device not in turns:
+            before, after = rows.tiers[:, None], tiers[:, None]
+            turns[keys.device] = tables.turn(positions, before, after, keys.device)
+        cos, sin = turns[keys.device]
+        # a sliding-window layer holds the last keys only; free columns of a static one come after
+        held = min(keys.shape[2], positions.shape[1])
+        turned = rotate(keys[:, :, :held], cos[:, -held:], sin[:, -held:])
+        if isinstance(layer, StaticLayer):
+            keys[:, :, :held] = turned
+        else:
+            layer.keys = turned
+    rows.tiers = tiers
+
+
+def recompute_cache(cache: Any, rows: CachedRows, text_model: Any, error: type[Exception]) -> None:
+    """Fill a cache again from the tokens behind it.
+
+    Raises:
+        error: tokens came as embeddings, which are not kept.
+    """
+    columns = rows.columns()
+    if columns.input_ids is None:
+        raise error(
+            "a sequence outgrew its tier under switch = sequence, so its cache must be "
+            "recomputed, but part of it came as inputs_embeds: pass pin_length to "
+            "apply_longrope, or use input_ids"
+        )
+    device = text_model.get_input_embeddings().weight.device
+    cache.reset()
+    text_model(
+        input_ids=columns.input_ids.to(device),
+        attention_mask=None if columns.real.all() else columns.real.long().to(device),
+        position_ids=columns.positions.to(device),
+        past_key_values=cache,
+        use_cache=True,
+    )

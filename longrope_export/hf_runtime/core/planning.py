@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-KEPT_TURNS = 1 << 24  # cos values that one forward may keep for its layers, 64 MB of float32
+from longrope_export.hf_runtime.core.rotation import TierTables
 
 
 @dataclass
@@ -101,7 +102,102 @@ def split_columns(tokens: Tensor) -> list[Segment]:
     """Cut (batch, n) tier indices into the longest stretches without a change in any row."""
     changes = (tokens[:, 1:] != tokens[:, :-1]).any(0).nonzero().flatten() + 1
     borders = [0, *changes.tolist(), tokens.shape[1]]
-    return [
-        Segment(start, stop, tokens[:, start])
-        for start, stop in zip(borders[:-1], borders[1:], strict=True)
-    ]
+    return [Segment(start, stop, tokens[:, start]) for start, stop in pairwise(borders)]
+
+
+class Planner:
+    """Chooses the tier of every token by the rule of the definition.
+
+    Args:
+        definition: the JSON shape of a factors file.
+        pin_length: the declared final length in tokens of every sequence, or None.
+        error: the exception class of every refusal.
+
+    Attributes:
+        is_causal: the rule, else `sequence`.
+        frozen: the one tier of every token, or None.
+    """
+
+    def __init__(
+        self,
+        definition: Mapping[str, Any],
+        tables: TierTables,
+        pin_length: int | None,
+        error: type[Exception],
+    ) -> None:
+        self.tables, self.error = tables, error
+        self.is_causal = definition.get("switch", "causal") == "causal"
+        self.last_position = int(tables.borders[-1]) - 1
+        self.frozen: int | None = None
+        self.pinned: int | None = None
+        if pin_length is None:
+            return
+        if self.is_causal:
+            raise error("pin_length is for switch = sequence; under causal no length is declared")
+        if not 1 <= pin_length <= self.last_position + 1:
+            raise error(f"pin_length must be 1..{self.last_position + 1} tokens, got {pin_length}")
+        self.pinned = int(tables.select(torch.tensor(pin_length - 1)))
+        self.last_position = int(tables.borders[self.pinned]) - 1
+
+    def freeze(self, tier: int | None) -> None:
+        count = len(self.tables.borders)
+        if tier is not None and not -count <= tier < count:
+            raise self.error(f"freeze: no tier {tier}; use 0..{count - 1}, or None")
+        self.frozen = None if tier is None else tier % count
+
+    def plan(
+        self, positions: Tensor, real: Tensor, num_cached: int, cached_tiers: Tensor | None
+    ) -> Plan:
+        """The plan of one forward.
+
+        Args:
+            positions, real: (batch, n), see Plan.
+            num_cached: columns in the cache.
+            cached_tiers: (batch,) tiers of the cached rows, or None for no cache.
+
+        Raises:
+            error: a real token stands beyond the last tier, or beyond the pinned one.
+        """
+        if self.frozen is None:
+            self._check_length(positions, real)
+        fixed = self.pinned if self.frozen is None else self.frozen
+        if fixed is not None:
+            tiers = torch.full((len(positions),), fixed)
+            return Plan(num_cached, positions, real, tiers[:, None], tiers)
+        if self.is_causal:
+            tokens = self.tables.select(positions.clamp(max=self.last_position))
+            rows = torch.where(real, tokens, -1).amax(1)
+        else:
+            if num_cached:
+                last = torch.where(real, positions, 0).amax(1, keepdim=True).expand_as(positions)
+            else:
+                last = last_positions(positions, real)
+            tokens = self.tables.select(last.clamp(max=self.last_position))
+            # of packed documents the last one decides: only that one can go on with the cache
+            newest = torch.where(real, torch.arange(real.shape[1]), 0).amax(1, keepdim=True)
+            rows = tokens.gather(1, newest)[:, 0]
+        if not real.all():  # padding goes with its row, a row of nothing but padding stays as it is
+            before = torch.zeros_like(rows) if cached_tiers is None else cached_tiers
+            rows = torch.where(real.any(1), rows, before)
+            tokens = torch.where(real, tokens, rows[:, None])
+        if torch.equal(tokens, rows[:, None].expand_as(tokens)):
+            return Plan(num_cached, positions, real, rows[:, None], rows)
+        if self.is_causal:
+            segments = split_columns(tokens)
+            return Plan(num_cached, positions, real, rows[:, None], rows, segments)
+        return Plan(num_cached, positions, real, tokens, rows)
+
+    def _check_length(self, positions: Tensor, real: Tensor) -> None:
+        if int(positions.max()) <= self.last_position:
+            return
+        beyond = int(torch.where(real, positions, 0).max())
+        if beyond <= self.last_position:
+            return
+        if self.pinned is None:
+            what = "the last tier ends at max_position_embeddings ="
+            advice = "make factors for a longer target"
+        else:
+            what, advice = "pin_length chose the tier that ends at", "declare a larger pin_length"
+        raise self.error(
+            f"a sequence has {beyond + 1} tokens, {what} {self.last_position + 1}: {advice}"
+        )

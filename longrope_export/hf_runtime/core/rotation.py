@@ -64,7 +64,9 @@ class TierTables:
         is_start = absolute < self.num_start_tokens[tiers][..., None]
         return torch.where(is_start, absolute * self.original, turned)
 
-    def cos_sin(self, positions: Tensor, tiers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def cos_sin(
+        self, positions: Tensor, tiers: Tensor, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin times the attention factor, each (batch, n, pairs) float32 on `device`."""
         tables, positions, tiers = self._placed(device, positions, tiers)
         angles = tables.angles(positions, tiers)

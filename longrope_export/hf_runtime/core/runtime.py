@@ -8,23 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache
 
 from longrope_export.hf_runtime.core.attention import AttentionConfig, SegmentedPass
-from longrope_export.hf_runtime.core.cached_rows import CachedRows, Columns
+from longrope_export.hf_runtime.core.cached_rows import (
+    CachedRows,
+    Columns,
+    known_rows,
+    recompute_cache,
+    turn_cache,
+)
 from longrope_export.hf_runtime.core.planning import (
-    KEPT_TURNS,
     Plan,
+    Planner,
     find_positions,
     find_real_tokens,
-    last_positions,
-    split_columns,
 )
 from longrope_export.hf_runtime.core.rotation import TierTables, rotate
 
@@ -43,7 +41,7 @@ TEXT_MODELS = (
     "GraniteModel",
     "GraniteMoeModel",
 )
-ROTATABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+KEPT_TURNS = 1 << 24  # cos values that one forward may keep for its layers, 64 MB of float32
 
 
 class Embeddings(tuple[Tensor, Tensor]):
@@ -106,15 +104,10 @@ class Runtime:
     ) -> None:
         self.text_model, self.definition, self.error = text_model, definition, error
         self.tables = TierTables(definition)
-        self.is_causal = definition.get("switch", "causal") == "causal"
+        self.planner = Planner(definition, self.tables, pin_length, error)
         scaling = definition.get("logit_scaling")
         self.log_base: int | None = scaling["base_length"] if scaling else None
         self.exempt = frozenset(scaling["exempt_layers"]) if scaling else frozenset()
-        self.last_position = int(self.tables.borders[-1]) - 1
-        self.frozen: int | None = None
-        self.pinned: int | None = None
-        if pin_length is not None:
-            self._pin(pin_length)
         self.rescaled = self._check_fit()
         # gemma3's rotary embedding tells its two kinds of layers apart by itself
         asked = self._full_attention_layers() or frozenset(range(self.num_layers))
@@ -134,10 +127,7 @@ class Runtime:
         Args:
             tier_index: 0 is the first tier; negative counts from the end; None ends it.
         """
-        count = len(self.tables.borders)
-        if tier_index is not None and not -count <= tier_index < count:
-            raise self.error(f"freeze: tier {tier_index} of {count}; use 0..{count - 1} or None")
-        self.frozen = None if tier_index is None else tier_index % count
+        self.planner.freeze(tier_index)
 
     # -- the hooks, in the order in which a forward meets them
 
@@ -150,18 +140,19 @@ class Runtime:
         if tokens is None:
             return None  # the model itself complains
         batch, num_new = tokens.shape[:2]
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
-        rows = self._rows_of(cache)
+        cache: Any = inputs.get("past_key_values")
+        mask: Any = inputs.get("attention_mask")
+        rows = known_rows(cache, self.error)
         num_cached = rows.length if rows else 0
         given = inputs.get("position_ids")
         positions = find_positions(given, mask, batch, num_cached, num_new)
         real = find_real_tokens(mask, batch, num_cached, num_new)
-        plan = self._make_plan(positions, real, rows)
+        if self._forced is not None:
+            plan = Plan(0, positions, real, self._forced[:, None], self._forced)
+        else:
+            plan = self.planner.plan(positions, real, num_cached, rows.tiers if rows else None)
         if rows and rows.tiers is not None and not torch.equal(rows.tiers, plan.rows):
-            if self.is_causal:
-                self._turn_cache(cache, rows, plan.rows)
-            else:
-                self._recompute_cache(cache, rows, plan.rows)
+            self._change_tiers(cache, rows, plan.rows)
         if plan.segments:
             before = [rows.columns().positions] if rows and num_cached else []
             plan.key_positions = torch.cat([*before, positions], dim=1)
@@ -204,133 +195,18 @@ class Runtime:
         if rows is None:
             rows = CachedRows()
             cache.layers.append(rows)
-        ids = kwargs.get("input_ids") if not self.is_causal else None
-        rows.extend(Columns(plan.positions, plan.real, None if ids is None else ids.cpu()), plan.rows)
+        ids = kwargs.get("input_ids") if not self.planner.is_causal else None
+        rows.extend(
+            Columns(plan.positions, plan.real, None if ids is None else ids.cpu()), plan.rows
+        )
 
-    # -- which tier
-
-    def _make_plan(self, positions: Tensor, real: Tensor, rows: CachedRows | None) -> Plan:
-        batch = len(positions)
-        num_cached = rows.length if rows else 0
-        fixed = self.frozen if self.frozen is not None else self.pinned
-        if self._forced is not None or fixed is not None:
-            if self.frozen is None and self._forced is None:
-                self._check_length(positions, real)
-            tiers = self._forced if self._forced is not None else torch.full((batch,), fixed)
-            return Plan(num_cached, positions, real, tiers[:, None], tiers)
-        self._check_length(positions, real)
-        known = positions.clamp(max=self.last_position)
-        if not self.is_causal and not num_cached:
-            known = last_positions(known, real)
-        elif not self.is_causal:
-            known = torch.where(real, known, torch.zeros_like(known)).amax(1, keepdim=True)
-        tokens = self.tables.select(known)
-        nothing = torch.full_like(tokens, -1)
-        marked = torch.where(real, tokens, nothing) if tokens.shape == real.shape else tokens
-        new_rows = marked.amax(1)
-        if not self.is_causal and tokens.shape == real.shape:
-            # packed documents: the cache of a row can only go on with its last one
-            last = torch.where(real, torch.arange(real.shape[1]), -1).amax(1).clamp(min=0)
-            new_rows = tokens.gather(1, last[:, None])[:, 0]
-        idle = ~real.any(1)
-        if idle.any():  # a row of padding stays where it is
-            old = rows.tiers if rows and rows.tiers is not None else torch.zeros_like(new_rows)
-            new_rows = torch.where(idle, old, new_rows)
-        if tokens.shape == real.shape:
-            tokens = torch.where(real, tokens, new_rows[:, None])
-        else:
-            tokens = new_rows[:, None]
-        if torch.equal(tokens, new_rows[:, None].expand_as(tokens)):
-            return Plan(num_cached, positions, real, new_rows[:, None], new_rows)
-        if not self.is_causal:
-            return Plan(num_cached, positions, real, tokens, new_rows)
-        segments = split_columns(tokens)
-        return Plan(num_cached, positions, real, new_rows[:, None], new_rows, segments)
-
-    def _check_length(self, positions: Tensor, real: Tensor) -> None:
-        last = self.last_position if self.pinned is None else int(self.tables.borders[self.pinned]) - 1
-        if int(positions.max()) <= last:
+    def _change_tiers(self, cache: Any, rows: CachedRows, tiers: Tensor) -> None:
+        if self.planner.is_causal:
+            turn_cache(cache, rows, tiers, self.rescaled, self.tables, self.error)
             return
-        beyond = int(torch.where(real, positions, torch.zeros_like(positions)).max())
-        if beyond > last and self.pinned is not None:
-            raise self.error(
-                f"a sequence has {beyond + 1} tokens, pin_length chose the tier for at most "
-                f"{last + 1}: apply the runtime again with a larger pin_length"
-            )
-        if beyond > last:
-            raise self.error(
-                f"a sequence has {beyond + 1} tokens, the last tier ends at "
-                f"max_position_embeddings = {last + 1}: make factors for a longer target"
-            )
-
-    def _pin(self, length: int) -> None:
-        if self.is_causal:
-            raise self.error("pin_length is for switch = sequence; under causal no length is needed")
-        if not 1 <= length <= self.last_position + 1:
-            raise self.error(f"pin_length must be 1..{self.last_position + 1} tokens, got {length}")
-        self.pinned = int(self.tables.select(torch.tensor(length - 1)))
-
-    # -- the cache
-
-    def _rows_of(self, cache: Any) -> CachedRows | None:
-        if cache is None:
-            return None
-        if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
-            raise self.error(f"cache of type {type(cache).__name__} is not known; use DynamicCache")
-        rows, held = CachedRows.of(cache), int(cache.get_seq_length())
-        if held != (rows.length if rows else 0):
-            raise self.error(
-                f"the cache holds {held} tokens of which the runtime has seen "
-                f"{rows.length if rows else 0}: it must be filled by this model after the runtime "
-                f"was put on it, and cut only with cache.crop"
-            )
-        return rows
-
-    def _turn_cache(self, cache: Cache, rows: CachedRows, tiers: Tensor) -> None:
-        """Re-rotate the cached keys of the rows whose tier changes; the others turn by nothing."""
-        assert rows.tiers is not None
-        positions = rows.columns().positions
-        turns: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        for index in sorted(self.rescaled):
-            layer: Any = cache.layers[index]
-            if type(layer) not in ROTATABLE_LAYERS:
-                raise self.error(
-                    f"layer {index} of the cache is a {type(layer).__name__}, whose keys cannot be "
-                    f"rotated again at a tier border; use DynamicCache or StaticCache"
-                )
-            keys = layer.keys
-            if keys.device not in turns:
-                before, after = rows.tiers[:, None], tiers[:, None]
-                turns[keys.device] = self.tables.turn(positions, before, after, keys.device)
-            cos, sin = turns[keys.device]
-            held = min(keys.shape[2], positions.shape[1])  # the last ones, at the front
-            turned = rotate(keys[:, :, :held], cos[:, -held:], sin[:, -held:])
-            if isinstance(layer, StaticLayer):
-                keys[:, :, :held] = turned
-            else:
-                layer.keys = turned
-        rows.tiers = tiers
-
-    def _recompute_cache(self, cache: Cache, rows: CachedRows, tiers: Tensor) -> None:
-        """Fill the cache again from its tokens, every row under its new tier."""
-        columns = rows.columns()
-        if columns.input_ids is None:
-            raise self.error(
-                "a sequence outgrew its tier under switch = sequence and its cache must be "
-                "recomputed, but part of it came as inputs_embeds: pass pin_length to "
-                "apply_longrope, or use input_ids"
-            )
-        device = self.text_model.get_input_embeddings().weight.device
-        cache.reset()
         self._forced = tiers
         try:
-            self.text_model(
-                input_ids=columns.input_ids.to(device),
-                attention_mask=None if columns.real.all() else columns.real.long().to(device),
-                position_ids=columns.positions.to(device),
-                past_key_values=cache,
-                use_cache=True,
-            )
+            recompute_cache(cache, rows, self.text_model, self.error)
         finally:
             self._forced = None
 
@@ -361,23 +237,23 @@ class Runtime:
         block = dict(config.rope_parameters)
         block = block["full_attention"] if by_type is not None else block
         prefix = "" if by_type is None else "full_attention_"
-        fields = {
+        numbers = {
             "rope_theta": float(block["rope_theta"]),
             "rotary_dim": 2 * len(getattr(rotary, prefix + "inv_freq")),
         }
-        for field, expected in fields.items():
-            got = self.definition[field]
+        for label, expected in numbers.items():
+            got = self.definition[label]
             if abs(got - expected) > 1e-6 * expected:
                 raise self.error(
-                    f"{field} is {got:g}, the model ({name}) has {expected:g}: these factors are "
+                    f"{label} is {got:g}, the model ({name}) has {expected:g}: these factors are "
                     f"for another model"
                 )
         layers = self.definition.get("layers")
         rescaled = frozenset(range(self.num_layers) if layers is None else layers)
-        for field, named in (("layers", rescaled), ("exempt_layers", self.exempt)):
+        for label, named in (("layers", rescaled), ("exempt_layers", self.exempt)):
             if named and max(named) >= self.num_layers:
                 raise self.error(
-                    f"{field} names layer {max(named)}, the model ({name}) has {self.num_layers} "
+                    f"{label} names layer {max(named)}, the model ({name}) has {self.num_layers} "
                     f"(0..{self.num_layers - 1}): these factors are for another model"
                 )
         if by_type is not None and not rescaled <= by_type:
@@ -402,7 +278,7 @@ class Runtime:
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             model.register_forward_hook(self.after_forward, with_kwargs=True),
         ]
-        several_tiers = self.is_causal and len(self.tables.borders) > 1
+        several_tiers = self.planner.is_causal and len(self.tables.borders) > 1
         for index, layer in enumerate(model.layers):
             attention = layer.self_attn
             if several_tiers or self.log_base is not None:
