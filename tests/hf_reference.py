@@ -55,7 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def toy_model(family: str = "Llama", **changes: Any) -> Any:
+def toy_model(family: str = "Llama", *, noise: float = 0.2, **changes: Any) -> Any:
     """A random fp32 model in eval mode, with attention sharp enough to notice a wrong angle."""
     settings = {**_SIZES, **FAMILIES[family], **changes}
     if family in ("Phi3", "Phimoe"):  # above any length here: Phi-3 drops its cache when it passes
@@ -66,7 +66,7 @@ def toy_model(family: str = "Llama", **changes: Any) -> Any:
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.add_(torch.randn_like(parameter) * noise)
     return model.eval()
 
 

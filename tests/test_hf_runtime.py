@@ -16,8 +16,7 @@ from hf_reference import (
 )
 from torch import Tensor
 
-from longrope_export.config import FactorTier, LongRopeConfig
-from longrope_export.hf_runtime import apply_longrope, remove_longrope
+from longrope_export.hf_runtime import apply_longrope
 
 LENGTHS = (4, 11, 20)  # real tokens per row; the tiers end at 6, 13 and 24
 

@@ -139,6 +139,8 @@ class Runtime:
         tokens = ids if ids is not None else embeds
         if tokens is None:
             return None  # the model itself complains
+        if inputs.get("cache") is not None:
+            raise self.error("continuous batching (generate_batch) has a paged cache: use generate")
         batch, num_new = tokens.shape[:2]
         cache: Any = inputs.get("past_key_values")
         mask: Any = inputs.get("attention_mask")
