@@ -14,10 +14,13 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig
 from longrope_export.errors import LongRopeError
 from longrope_export.hf_runtime import apply_longrope, remove_longrope
+from longrope_export.hf_runtime.core import attention
+from longrope_export.hf_runtime.core import runtime as runtime_module
 
 
 def some_ids(rows: int, length: int) -> Tensor:
@@ -62,12 +65,12 @@ def test_two_tiers_without_cache_equal_transformers_own_longrope(family: str) ->
         torch.testing.assert_close(model(ids).logits, stock(ids).logits, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("switch", ["causal", "sequence"])
 @torch.no_grad()
-def test_packed_documents_are_computed_like_single_ones(switch: str, attention: str) -> None:
+def test_packed_documents_are_computed_like_single_ones(switch: str, kernel: str) -> None:
     model = toy_model()
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(kernel)
     apply_longrope(model, toy_config(model, switch))
     documents = [some_ids(1, n) for n in (5, 20, 9)]
     packed = torch.cat(documents, dim=1)
@@ -75,6 +78,60 @@ def test_packed_documents_are_computed_like_single_ones(switch: str, attention: 
     together = model(packed, position_ids=positions, use_cache=False).logits
     alone = torch.cat([model(document).logits for document in documents], dim=1)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+
+
+def flash_contract(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What a flash kernel computes: causal from the last query and key on; a 2D mask of padding."""
+    assert module.config._attn_implementation == "flash_stand_in"
+    assert mask is None or mask.shape == (len(key), key.shape[2])
+    n, width = query.shape[2], key.shape[2]
+    query_at, key_at = torch.arange(width - n, width)[:, None], torch.arange(width)[None]
+    visible = query_at >= key_at
+    if kwargs.get("sliding_window"):
+        visible &= query_at - key_at < kwargs["sliding_window"]
+    everywhere = visible[None, None].expand(len(key), 1, -1, -1)
+    if mask is not None:
+        everywhere = everywhere & mask[:, None, None].bool()
+    key, value = (part.repeat_interleave(2, dim=1) for part in (key, value))
+    logits = (query @ key.mT * kwargs["scaling"]).masked_fill(~everywhere, -1e9)
+    return (logits.softmax(-1) @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@torch.no_grad()
+def test_flash_attention_is_cut_by_its_own_rules(family: str) -> None:
+    """The kernels need a GPU; their contract does not."""
+    model = toy_model(family)
+    apply_longrope(model, toy_config(model))
+    ids, mask = some_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0
+    expected = [model(ids, attention_mask=mask).logits, model(ids).logits]
+    AttentionInterface.register("flash_stand_in", flash_contract)
+    AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
+    model.config._attn_implementation = "flash_stand_in"  # the setter would look for a kernel
+    half = model(ids[:, :9], attention_mask=mask[:, :9], use_cache=True)
+    rest = model(ids[:, 9:], attention_mask=mask, past_key_values=half.past_key_values).logits
+    for got in (model(ids, attention_mask=mask).logits, torch.cat([half.logits, rest], dim=1)):
+        real = mask == 1
+        torch.testing.assert_close(got[real], expected[0][real], atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(ids).logits, expected[1], atol=1e-4, rtol=0)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    with pytest.raises(LongRopeError, match=r"packed documents .* flash attention; use .*sdpa"):
+        model(ids[:1], position_ids=positions, use_cache=False)
+
+
+@torch.no_grad()
+def test_long_forwards_work_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy_model()
+    config = toy_config(model)
+    ids = some_ids(1, 20)
+    expected = reference_logits(model, config, ids[0], None)
+    apply_longrope(model, config)
+    monkeypatch.setattr(attention, "MASK_ROWS", 3)
+    monkeypatch.setattr(runtime_module, "KEPT_TURNS", 0)
+    torch.testing.assert_close(model(ids).logits[0], expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

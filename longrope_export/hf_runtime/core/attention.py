@@ -23,7 +23,7 @@ class AttentionConfig:
 
     Attributes:
         original: the model's config, which goes on ruling everything else.
-        module: the attention module under its own config, for the function behind ours.
+        module: the attention module under that config, for functions that read it (flash).
         is_rescaled: whether the tiers apply to this layer.
         is_exempt: whether the queries of this layer are left out of log scaling.
     """
@@ -42,7 +42,7 @@ class AttentionConfig:
 
 
 class ModuleView:
-    """An attention module with another config: flash attention reads its name there."""
+    """An attention module under another config."""
 
     def __init__(self, module: nn.Module, config: Any) -> None:
         self._module, self.config = module, config
@@ -72,12 +72,13 @@ def longrope_attention(
     config: Any = module.config
     name = config.original._attn_implementation
     attend = own_attention(module, name)
+    owner = module if name in ("sdpa", "eager") else config.module
     if longrope_query_scale is not None and not config.is_exempt:
         query = (query.float() * longrope_query_scale[:, None, :, None]).to(query.dtype)
     if longrope_pass is None or not config.is_rescaled:
-        return attend(config.module, query, key, value, attention_mask, **kwargs)
+        return attend(owner, query, key, value, attention_mask, **kwargs)
     joined: tuple[Tensor, Tensor | None] = longrope_pass.attend(
-        name, attend, config.module, query, key, value, attention_mask, kwargs
+        name, attend, owner, query, key, value, attention_mask, kwargs
     )
     return joined
 

@@ -185,8 +185,13 @@ def turn_cache(
     rows.tiers = tiers
 
 
-def recompute_cache(cache: Any, rows: CachedRows, text_model: Any, error: type[Exception]) -> None:
+def recompute_cache(
+    cache: Any, rows: CachedRows, text_model: Any, device: torch.device, error: type[Exception]
+) -> None:
     """Fill a cache again from the tokens behind it.
+
+    Args:
+        device: where the model takes its input.
 
     Raises:
         error: tokens came as embeddings, which are not kept.
@@ -198,7 +203,6 @@ def recompute_cache(cache: Any, rows: CachedRows, text_model: Any, error: type[E
             "recomputed, but part of it came as inputs_embeds: pass pin_length to "
             "apply_longrope, or use input_ids"
         )
-    device = text_model.get_input_embeddings().weight.device
     cache.reset()
     text_model(
         input_ids=columns.input_ids.to(device),

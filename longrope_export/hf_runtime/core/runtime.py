@@ -154,7 +154,7 @@ class Runtime:
         else:
             plan = self.planner.plan(positions, real, num_cached, rows.tiers if rows else None)
         if rows and rows.tiers is not None and not torch.equal(rows.tiers, plan.rows):
-            self._change_tiers(cache, rows, plan.rows)
+            self._change_tiers(cache, rows, plan.rows, tokens.device)
         if plan.segments:
             before = [rows.columns().positions] if rows and num_cached else []
             plan.key_positions = torch.cat([*before, positions], dim=1)
@@ -202,13 +202,15 @@ class Runtime:
             Columns(plan.positions, plan.real, None if ids is None else ids.cpu()), plan.rows
         )
 
-    def _change_tiers(self, cache: Any, rows: CachedRows, tiers: Tensor) -> None:
+    def _change_tiers(
+        self, cache: Any, rows: CachedRows, tiers: Tensor, device: torch.device
+    ) -> None:
         if self.planner.is_causal:
             turn_cache(cache, rows, tiers, self.rescaled, self.tables, self.error)
             return
         self._forced = tiers
         try:
-            recompute_cache(cache, rows, self.text_model, self.error)
+            recompute_cache(cache, rows, self.text_model, device, self.error)
         finally:
             self._forced = None
 
