@@ -12,7 +12,7 @@ from hf_reference import FAMILIES, VOCAB, reference_logits, tier_index, toy_conf
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from longrope_export.config import LongRopeConfig
+from longrope_export.config import FactorTier, LongRopeConfig
 from longrope_export.hf_runtime import apply_longrope
 
 PROMPTS = (3, 8)  # tokens; the tiers end at 6, 13 and 24
@@ -81,21 +81,22 @@ def test_assisted_decoding_crosses_borders_back_and_forth(family: str) -> None:
     assert torch.equal(model.generate(ids, **settings, assistant_model=assistant), greedy)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+@pytest.mark.parametrize("keep_keys", [False, True])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 @torch.no_grad()
-def test_cache_operations_carry_the_rows_along(family: str) -> None:
+def test_cache_operations_carry_the_rows_along(family: str, keep_keys: bool) -> None:
     model = toy_model(family)
     config = toy_config(model)
     fresh = copy.deepcopy(model)
-    runtime = apply_longrope(model, config)
+    runtime = apply_longrope(model, config, keep_keys=keep_keys)
     generator = torch.Generator().manual_seed(11)
     ids = torch.randint(2, VOCAB, (2, 20), generator=generator)
     whole = torch.stack([reference_logits(fresh, config, row, None) for row in ids])
 
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
-    model(ids[:, :15], past_key_values=cache)
-    assert runtime.tiers(cache) is not None
+    for start, stop in ((0, 4), (4, 10), (10, 15)):
+        model(ids[:, start:stop], past_key_values=cache)
     kept = copy.deepcopy(cache)
     cache.crop(-10)  # back over both borders
     logits = model(ids[:, 5:9], past_key_values=cache).logits
@@ -115,6 +116,32 @@ def test_cache_operations_carry_the_rows_along(family: str) -> None:
     torch.testing.assert_close(logits, whole[:, :9], atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_rounding_does_not_add_up_on_a_long_ladder() -> None:
+    model = toy_model(num_hidden_layers=1).to(torch.bfloat16)
+    width = 8
+    tiers = tuple(
+        FactorTier(length, tuple(1 + 0.1 * length * pair for pair in range(width // 2)))
+        for length in range(2, 41)
+    )
+    config = LongRopeConfig(10000.0, width, 2, 40, tiers)
+    ids = torch.randint(2, VOCAB, (4, 40), generator=torch.Generator().manual_seed(4))
+    errors = {}
+    for keep_keys in (None, False):
+        fresh = copy.deepcopy(model)
+        apply_longrope(fresh, config, keep_keys=keep_keys)
+        cache = DynamicCache(config=model.config)
+        for column in range(40):
+            fresh(ids[:, column : column + 1], past_key_values=cache)
+        exact = copy.deepcopy(model).float()
+        apply_longrope(exact, config)
+        keys = exact(ids, use_cache=True).past_key_values.layers[0].keys
+        difference = cache.layers[0].keys.float() - keys
+        errors[keep_keys] = (difference.norm() / keys.norm()).item()
+    assert errors[None] < 0.006  # a few roundings of 0.0017 each
+    assert errors[False] > 2 * errors[None]
+
+
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "Gemma3"])
 @pytest.mark.parametrize("switch", ["causal", "sequence"])
 @torch.no_grad()
@@ -129,7 +156,7 @@ def test_static_cache_in_chunks(family: str, switch: str) -> None:
         by_tier = [reference_logits(model, config, ids[0], tier) for tier in range(3)]
         parts = [by_tier[tier_index(config, b)][a:b] for a, b in pairwise(cuts)]
         expected = torch.cat(parts)
-    apply_longrope(model, config)
+    apply_longrope(model, config, keep_keys=True)
     cache = StaticCache(config=model.config, max_cache_len=24)
     for start, stop in pairwise(cuts):
         logits = model(ids[:, start:stop], past_key_values=cache).logits[0]

@@ -54,7 +54,11 @@ class LongRopeRuntime:
 
 
 def apply_longrope(
-    model: nn.Module, config: LongRopeConfig, *, pin_length: int | None = None
+    model: nn.Module,
+    config: LongRopeConfig,
+    *,
+    pin_length: int | None = None,
+    keep_keys: bool | None = None,
 ) -> LongRopeRuntime:
     """Put a config onto a transformers model, in place.
 
@@ -66,6 +70,10 @@ def apply_longrope(
         pin_length: only for switch = sequence: declares the final length in tokens of every
             sequence (prompt and everything generated). Its tier is used from the first token on,
             and nothing is recomputed; a longer sequence raises when its tier is full.
+        keep_keys: only for switch = causal: keep the cached keys as they were computed beside the
+            turned ones (half as much cache again, sliding-window layers apart), so that every
+            border turns those and rounding does not add up. None does so where it matters: keys
+            in half precision and more than 8 tiers.
 
     Raises:
         UnsupportedError: the model is not of a known family, or rope_theta, rotary_dim or a layer
@@ -79,7 +87,7 @@ def apply_longrope(
             f"the live runtime needs torch and transformers 5: {error}; "
             f"pip install 'longrope-export[transformers]'"
         ) from error
-    runtime = install(model, to_json(config), pin_length, UnsupportedError)
+    runtime = install(model, to_json(config), pin_length, keep_keys, UnsupportedError)
     return LongRopeRuntime(model, config, runtime)
 
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 
 from longrope_export.hf_runtime.core.rotation import TierTables, rotate
 
+KEEP_ABOVE = 8  # tiers; as many turns in bf16 add up to four times the rounding of one
 ROTATABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
@@ -45,11 +46,16 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
 
     Attributes:
         tiers: (batch,) the tier under which the keys of each row stand, or None while empty.
+        first_keys: layer -> keys of the first columns as they were computed, where they are kept
+            so that rounding does not add up from border to border.
+        first_tiers: (batch, columns) the tiers under which those were computed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.tiers: Tensor | None = None
+        self.first_keys: dict[int, Tensor] = {}
+        self.first_tiers: Tensor | None = None
         self._parts: list[Columns] = []
         self._length = 0
 
@@ -85,6 +91,7 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.tiers, self._parts, self._length = None, [], 0
+        self.first_keys, self.first_tiers = {}, None
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and self._length:
@@ -101,6 +108,11 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
                 )
             ]
             self._length = keep
+            if self.first_tiers is not None:
+                self.first_tiers = self.first_tiers[:, :keep]
+                self.first_keys = {
+                    layer: keys[:, :, :keep] for layer, keys in self.first_keys.items()
+                }
         return None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -120,6 +132,18 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
             Columns(whole.positions[rows], whole.real[rows], None if ids is None else ids[rows])
         ]
         self.tiers = self.tiers[rows]
+        if self.first_tiers is not None:
+            self.first_tiers = self.first_tiers[rows]
+            self.first_keys = {
+                layer: keys[rows.to(keys.device)] for layer, keys in self.first_keys.items()
+            }
+
+    def computed_tiers(self) -> Tensor:
+        """(batch, columns) the tier under which each column was computed, as far as it is kept."""
+        assert self.tiers is not None
+        kept = 0 if self.first_tiers is None else self.first_tiers.shape[1]
+        later = self.tiers[:, None].expand(-1, self._length - kept)
+        return later if self.first_tiers is None else torch.cat((self.first_tiers, later), dim=1)
 
 
 def known_rows(cache: Any, error: type[Exception]) -> CachedRows | None:
@@ -148,6 +172,7 @@ def turn_cache(
     tiers: Tensor,
     layers: Iterable[int],
     tables: TierTables,
+    keep_keys: bool | None,
     error: type[Exception],
 ) -> None:
     """Rotate the cached keys again, each row to its new tier; rows that stay turn by nothing.
@@ -155,6 +180,8 @@ def turn_cache(
     Args:
         tiers: (batch,) new tier indices.
         layers: the layers that are rescaled.
+        keep_keys: whether to keep the keys as they were computed and always turn those; None does
+            so for keys in half precision on a ladder of more than KEEP_ABOVE tiers.
 
     Raises:
         error: a layer of the cache does not hold its keys as plain tensors.
@@ -167,21 +194,36 @@ def turn_cache(
                 f"layer {index} of the cache is a {type(layer).__name__}, whose keys cannot be "
                 f"rotated again at a tier border; use DynamicCache or StaticCache"
             )
-    positions = rows.columns().positions
-    turns: dict[torch.device, tuple[Tensor, Tensor]] = {}
-    for _, layer in held_layers:
+    if keep_keys is None:
+        is_half = held_layers[0][1].keys.dtype.itemsize < 4
+        keep_keys = is_half and len(tables.borders) > KEEP_ABOVE
+    positions, computed = rows.columns().positions, rows.computed_tiers()
+    turns: dict[Any, tuple[Tensor, Tensor]] = {}
+    for index, layer in held_layers:
         keys = layer.keys
-        if keys.device not in turns:
-            before, after = rows.tiers[:, None], tiers[:, None]
-            turns[keys.device] = tables.turn(positions, before, after, keys.device)
-        cos, sin = turns[keys.device]
         # a sliding-window layer holds the last keys only; free columns of a static one come after
-        held = min(keys.shape[2], positions.shape[1])
-        turned = rotate(keys[:, :, :held], cos[:, -held:], sin[:, -held:])
+        held = min(keys.shape[2], rows.length)
+        source = keys[:, :, :held]
+        # what has left the window is not worth keeping
+        kept = keep_keys and not layer.is_sliding
+        if kept and index in rows.first_keys:
+            first = rows.first_keys[index]
+            source = torch.cat((first, source[:, :, first.shape[2] :]), dim=2)
+        if (keys.device, kept) not in turns:
+            before = computed if kept else rows.tiers[:, None]
+            turns[keys.device, kept] = tables.turn(positions, before, tiers[:, None], keys.device)
+        cos, sin = turns[keys.device, kept]
+        turned = rotate(source, cos[:, -held:], sin[:, -held:])
         if isinstance(layer, StaticLayer):
+            if kept and index not in rows.first_keys:
+                source = source.clone()
             keys[:, :, :held] = turned
         else:
             layer.keys = turned
+        if kept:
+            rows.first_keys[index] = source
+    if keep_keys:
+        rows.first_tiers = computed
     rows.tiers = tiers
 
 

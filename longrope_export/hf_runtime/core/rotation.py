@@ -80,7 +80,7 @@ class TierTables:
 
         Args:
             positions: (batch, n).
-            before, after: (batch, 1) tier indices.
+            before, after: (batch, n or 1) tier indices.
         """
         tables, positions, before, after = self._placed(device, positions, before, after)
         angles = tables.angles(positions, after) - tables.angles(positions, before)

@@ -89,6 +89,7 @@ class Runtime:
         definition: the JSON shape of a factors file, valid.
         pin_length: under the `sequence` rule, the final length that every sequence is declared to
             have; its tier serves all of them and nothing is ever recomputed.
+        keep_keys: see turn_cache.
         error: the exception class of every refusal.
 
     Raises:
@@ -100,9 +101,11 @@ class Runtime:
         text_model: Any,
         definition: Mapping[str, Any],
         pin_length: int | None,
+        keep_keys: bool | None,
         error: type[Exception],
     ) -> None:
         self.text_model, self.definition, self.error = text_model, definition, error
+        self.keep_keys = keep_keys
         self.tables = TierTables(definition)
         self.planner = Planner(definition, self.tables, pin_length, error)
         scaling = definition.get("logit_scaling")
@@ -206,7 +209,7 @@ class Runtime:
         self, cache: Any, rows: CachedRows, tiers: Tensor, device: torch.device
     ) -> None:
         if self.planner.is_causal:
-            turn_cache(cache, rows, tiers, self.rescaled, self.tables, self.error)
+            turn_cache(cache, rows, tiers, self.rescaled, self.tables, self.keep_keys, self.error)
             return
         self._forced = tiers
         try:
@@ -331,6 +334,7 @@ def install(
     model: nn.Module,
     definition: Mapping[str, Any],
     pin_length: int | None = None,
+    keep_keys: bool | None = None,
     error: type[Exception] = ValueError,
 ) -> Runtime:
     """Put a definition onto the text model inside a model.
@@ -341,4 +345,4 @@ def install(
     text_model = find_text_model(model, error)
     if isinstance(text_model.rotary_emb, TieredRotary):
         raise error("this model has a LongRoPE definition already: remove_longrope first")
-    return Runtime(text_model, definition, pin_length, error)
+    return Runtime(text_model, definition, pin_length, keep_keys, error)
