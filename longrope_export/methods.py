@@ -4,6 +4,9 @@ Each returns divisors of inv_freq, shape (pairs,), float64, for `ratio` = target
 They are written against `inv_freq`, the model's own speeds as it was trained, so that they also
 extend a model that has factors already (Llama 3.1, a fine-tuned LongRoPE model): the result then
 multiplies what the model has. i is the pair index, d = 2 * pairs, s = ratio.
+
+Raises, all of them: ConfigError, for a ratio that is not within the range of factors (1e-30 to
+1e30), and where turns are counted, for frequencies that do not fall.
 """
 
 from __future__ import annotations
@@ -12,17 +15,20 @@ import math
 
 import numpy as np
 
+from longrope_export.config import LARGEST, SMALLEST
 from longrope_export.errors import ConfigError
 from longrope_export.rope import FloatArray
 
 
 def pi_factors(inv_freq: FloatArray, ratio: float) -> FloatArray:
     """lambda_i = s (position interpolation, arXiv 2306.15595)."""
+    _check_ratio(ratio)
     return np.full(len(inv_freq), float(ratio))
 
 
 def ntk_factors(inv_freq: FloatArray, ratio: float) -> FloatArray:
     """lambda_i = s^(2i / (d-2)): 1 for the first pair, s for the last ("NTK-aware")."""
+    _check_ratio(ratio)
     pairs = len(inv_freq)
     return np.asarray(ratio ** (np.arange(pairs) / max(pairs - 1, 1)), dtype=np.float64)
 
@@ -59,6 +65,7 @@ def yarn_factors(
     Raises:
         ConfigError: beta_fast is not above beta_slow, or the ramp is unknown.
     """
+    _check_ratio(ratio)
     if not beta_fast > beta_slow > 0:
         raise ConfigError(f"yarn: beta_fast {beta_fast} must be above beta_slow {beta_slow} > 0")
     pairs = len(inv_freq)
@@ -95,6 +102,7 @@ def llama3_factors(
 
 def abf_factors(inv_freq: FloatArray, base_ratio: float) -> FloatArray:
     """A new base b': lambda_i = (b'/b)^(2i/d) (adjusted base frequency, Code Llama)."""
+    _check_ratio(base_ratio)
     pairs = len(inv_freq)
     return np.asarray(base_ratio ** (np.arange(pairs) / pairs), dtype=np.float64)
 
@@ -103,10 +111,17 @@ def critical_base(rope_theta: float, window: int, target: int) -> float:
     """b' = b^(ln(L'/2pi) / ln(L/2pi)): lambda is s just where one turn takes the whole window.
 
     Source: LongRoPE2, arXiv 2502.20082 section 3 (its "NTK").
+
+    Raises:
+        ConfigError: a window of less than one turn, 2pi tokens, or a base beyond float64.
     """
-    return float(
-        rope_theta ** (math.log(target / (2 * math.pi)) / math.log(window / (2 * math.pi)))
-    )
+    turn = 2 * math.pi
+    try:
+        if window > turn:
+            return float(rope_theta ** (math.log(target / turn) / math.log(window / turn)))
+    except OverflowError:
+        pass
+    raise ConfigError(f"no base takes a window of {window} tokens to {target}: give one (--base)")
 
 
 def critical_pair(inv_freq: FloatArray, window: int) -> int:
@@ -129,6 +144,7 @@ def longrope2_factors(
         critical: c; None takes critical_pair. The paper finds real ones a little lower.
         scale: 1 to 2; the paper draws lambda from [s, 2s].
     """
+    _check_ratio(scale * ratio)
     chosen = critical_pair(inv_freq, window) if critical is None else critical
     if not 0 < chosen < len(inv_freq):
         raise ConfigError(f"longrope2: critical pair must be 1..{len(inv_freq) - 1}, got {chosen}")
@@ -145,8 +161,15 @@ def index_with_turns(inv_freq: FloatArray, window: int, turns: float) -> float:
     falling = np.minimum.accumulate(np.log(inv_freq))
     wanted = math.log(2 * math.pi * turns / window)
     last = len(falling) - 1
-    if wanted > falling[0]:
-        return float((falling[0] - wanted) / (falling[0] - falling[1]))
-    if wanted < falling[last]:
-        return last + float((falling[last] - wanted) / (falling[last - 1] - falling[last]))
-    return float(np.interp(-wanted, -falling, np.arange(last + 1)))
+    if falling[last] <= wanted <= falling[0]:
+        return float(np.interp(-wanted, -falling, np.arange(last + 1)))
+    start = 0 if wanted > falling[0] else last - 1
+    slope = falling[start] - falling[start + 1] if last > 0 else 0.0
+    if not slope > 0:
+        raise ConfigError("turns cannot be counted: the frequencies of the pairs do not fall")
+    return start + float((falling[start] - wanted) / slope)
+
+
+def _check_ratio(ratio: float) -> None:
+    if not SMALLEST <= ratio <= LARGEST:
+        raise ConfigError(f"a ratio of {ratio:g} makes no factors: it must be 1e-30 to 1e30")

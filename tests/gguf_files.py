@@ -8,14 +8,8 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGUFValueType
 
-from longrope_export.gguf_format import (
-    KeyValue,
-    TensorInfo,
-    build_header,
-    make_array,
-    make_key_value,
-    padding,
-)
+from longrope_export.gguf_format import TensorInfo, build_header, padding
+from longrope_export.gguf_values import KeyValue, make_array, make_key_value
 
 
 def gguf_keys(architecture: str = "llama", **changes: Any) -> list[KeyValue]:

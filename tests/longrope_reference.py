@@ -12,14 +12,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longrope_export.config import LongRopeConfig
 
 
 def cos_sin(
-    positions: torch.Tensor, theta: float, dim: int, factors: Sequence[float], start: int, scale: float
+    positions: torch.Tensor,
+    theta: float,
+    dim: int,
+    factors: Sequence[float],
+    start: int,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, dim/2) each, float64 angles."""
     freq = torch.tensor([theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
@@ -85,9 +90,7 @@ def reference_logits(
     n = len(tokens)
     at = torch.tensor(list(range(n)) if positions is None else list(positions))
     final = int(at[-1]) + 1 if length is None else length
-    tiers = [
-        tier_at(int(p)) if tier_at else tier_of(config, int(p), final) for p in at
-    ]
+    tiers = [tier_at(int(p)) if tier_at else tier_of(config, int(p), final) for p in at]
     log_scale = torch.ones(n)
     if config.logit_scaling is not None:
         base = config.logit_scaling.base_length
@@ -123,7 +126,7 @@ def reference_logits(
             if window:
                 seen &= at[None, :] > at[rows][:, None] - window
             scores = scores.masked_fill(~seen, -torch.inf)
-            out[:, :, rows] = F.softmax(scores, -1) @ v.repeat_interleave(groups, 1)
+            out[:, :, rows] = functional.softmax(scores, -1) @ v.repeat_interleave(groups, 1)
         return out.transpose(1, 2).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS["longrope_reference"] = attention

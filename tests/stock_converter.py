@@ -16,6 +16,19 @@ from pathlib import Path
 from typing import Any
 
 
+def keep_vocabulary(model: Any, kept: dict[str, Any]) -> None:
+    """Let get_vocab_base answer from `kept`, by folder; the writer may change the lists it gets."""
+    original, folder = model.get_vocab_base, str(model.dir_model)
+
+    def get_vocab_base() -> Any:
+        if folder not in kept:
+            kept[folder] = original()
+        tokens, types, pre = kept[folder]
+        return list(tokens), list(types), pre
+
+    model.get_vocab_base = get_vocab_base
+
+
 def main() -> None:
     import gguf
     import torch
@@ -24,7 +37,7 @@ def main() -> None:
     conversion: Any = importlib.import_module("conversion")
 
     logging.disable(logging.WARNING)
-    # the tokenizer of a folder is loaded once, not for each output type
+    # the tokenizer of a folder is loaded once, not for each output type; so is what is made of it
     loader: Any = transformers.AutoTokenizer
     loader.from_pretrained = functools.lru_cache(loader.from_pretrained)
     file_types = {
@@ -34,6 +47,7 @@ def main() -> None:
         "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
         "auto": gguf.LlamaFileType.GUESSED,
     }
+    vocabularies: dict[str, Any] = {}
     for job in json.load(sys.stdin):
         folder = Path(job["folder"])
         architecture = conversion.get_model_architecture(
@@ -45,6 +59,7 @@ def main() -> None:
         )
         if job["pre"]:
             model.get_vocab_base_pre = lambda tokenizer, name=job["pre"]: name
+        keep_vocabulary(model, vocabularies)
         with torch.inference_mode():
             model.write()
 

@@ -22,7 +22,8 @@ from gguf_files import gguf_keys, write_gguf_file
 from tiny_models import add_bpe_tokenizer, make_model
 
 from longrope_export.factor_files import to_json
-from longrope_export.gguf_format import TensorInfo, build_header, make_key_value, read_header
+from longrope_export.gguf_format import TensorInfo, build_header, read_header
+from longrope_export.gguf_values import make_key_value
 from longrope_export.ladder import make_config
 from longrope_export.models.model import load_model
 
@@ -332,6 +333,12 @@ def test_no_command_overwrites_what_it_reads(
 def test_nothing_given_is_ignored(tiny_gguf: Path, folder: Path, factors: Path) -> None:
     check_refused(run("gguf", folder, "--pre", "gpt-2", "--switch", "causal"), "--switch")
     check_refused(run("inspect", factors, "--factors", factors), "leave out --factors")
+    bake = ("gguf", tiny_gguf, "--factors", factors)
+    for option in ("--threads=2", "--trust-remote-code", "--pre=gpt-2", "--model-name=x"):
+        check_refused(run(*bake, option), f"{option.partition('=')[0]} is ignored for", "header")
+    check_refused(run(*bake, "--in-place", "--force"), "--force is ignored for")
+    own = ("gguf", folder, "--pre", "gpt-2", "--trust-remote-code")
+    check_refused(run(*own), "--trust-remote-code is ignored", "converted here")
 
 
 def test_dry_run_finds_what_the_real_run_would(folder: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from gguf.constants import GGUFValueType
+from gguf.constants import GGML_QUANT_SIZES, GGUFValueType
 from gguf_files import gguf_keys, write_gguf_file
 
 from longrope_export.errors import GgufError
-from longrope_export.gguf_format import build_header, make_array, make_key_value, read_header
+from longrope_export.gguf_format import build_header, read_header
+from longrope_export.gguf_values import GGML_BLOCKS, ValueType, make_array, make_key_value
 
 SCALARS: dict[GGUFValueType, Any] = {
     GGUFValueType.UINT8: 255,
@@ -49,6 +50,13 @@ def test_the_gguf_package_reads_what_we_write_and_we_read_it_back(tmp_path: Path
     assert list(ours.get("a.bool")) == [True, False]
     assert ours.tensors[0].shape == (4, 3)
     np.testing.assert_array_equal(theirs.tensors[0].data, tensors["t"])
+
+
+def test_the_tables_are_those_of_the_gguf_package() -> None:
+    assert {kind.name: kind.value for kind in ValueType} == {
+        kind.name: kind.value for kind in GGUFValueType
+    }
+    assert dict(GGML_BLOCKS) == {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 
 
 def test_a_header_that_is_read_and_built_again_is_the_same(tiny_gguf: Path) -> None:

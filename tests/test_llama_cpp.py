@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 FAKE_CMAKE = """
 cmake_minimum_required(VERSION 3.14)
 project(fake CXX)
+# a precompiled header pays for a hundred files, not for two
+set(LONGROPE_FAST_COMPILE OFF CACHE BOOL "" FORCE)
 add_subdirectory(src)
 """
 FAKE_SRC_CMAKE = """
@@ -289,7 +291,7 @@ def test_a_compiler_error_is_shown_and_the_repaired_source_builds(tree: Path, cp
 def test_a_build_killed_in_the_middle_goes_on_at_the_next_call(tree: Path, cache: Path) -> None:
     slow = 'add_custom_command(OUTPUT slow.cpp COMMAND "${CMAKE_COMMAND}" -E touch started\n'
     slow += (
-        '    COMMAND "${CMAKE_COMMAND}" -E sleep 2 COMMAND "${CMAKE_COMMAND}" -E touch slow.cpp)\n'
+        '    COMMAND "${CMAKE_COMMAND}" -E sleep 4 COMMAND "${CMAKE_COMMAND}" -E touch slow.cpp)\n'
     )
     slow += "target_sources(llama-quantize PRIVATE slow.cpp)\n"
     (tree / "src" / "CMakeLists.txt").write_text(FAKE_SRC_CMAKE + slow)

@@ -1,5 +1,7 @@
 """Closed forms against transformers' own functions and against published values."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -156,3 +158,35 @@ def test_bad_options() -> None:
         methods.yarn_factors(inv_freq, 4, 2048, ramp="linear")
     with pytest.raises(ConfigError, match="critical pair must be"):
         methods.longrope2_factors(inv_freq, 4, 2048, critical=32)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1e308, math.inf, math.nan])
+def test_absurd_ratios_are_one_error_and_no_warning(ratio: float) -> None:
+    inv_freq = 10000.0 ** -(np.arange(8) / 8)
+    for form in (
+        lambda: methods.pi_factors(inv_freq, ratio),
+        lambda: methods.ntk_factors(inv_freq, ratio),
+        lambda: methods.dynamic_ntk_factors(inv_freq, ratio, 2.0),
+        lambda: methods.yarn_factors(inv_freq, ratio, 256),
+        lambda: methods.llama3_factors(inv_freq, ratio, 256),
+        lambda: methods.abf_factors(inv_freq, ratio),
+        lambda: methods.longrope2_factors(inv_freq, ratio, 256),
+    ):
+        with pytest.raises(ConfigError, match="a ratio of"):
+            form()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("inv_freq", [np.ones(8), np.ones(1)], ids=["theta 1", "one pair"])
+def test_turns_of_frequencies_that_do_not_fall(inv_freq: np.ndarray) -> None:
+    for form in (methods.yarn_factors, methods.longrope2_factors):
+        with pytest.raises(ConfigError, match="do not fall"):
+            form(inv_freq, 4.0, 256)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("window", "target"), [(6, 100), (7, 1 << 31)])
+def test_windows_that_no_base_extends(window: int, target: int) -> None:
+    with pytest.raises(ConfigError, match="give one"):
+        methods.critical_base(1e6, window, target)

@@ -12,7 +12,8 @@ from gguf_files import gguf_keys, write_gguf_file
 
 from longrope_export import gguf_keys as keys_module
 from longrope_export.errors import GgufError, ModelError
-from longrope_export.gguf_format import make_array, make_key_value, read_header
+from longrope_export.gguf_format import read_header
+from longrope_export.gguf_values import make_array, make_key_value
 from longrope_export.ladder import make_config
 from longrope_export.models.model import find_model, load_model
 from longrope_export.models.native import native_of_gguf

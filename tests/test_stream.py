@@ -21,7 +21,8 @@ from longrope_converters.to_gguf import files, stream
 from longrope_converters.to_gguf.plan import GgufPlan, PlannedTensor, SourceTensor
 from longrope_converters.to_gguf.stream import plan_layout, write_gguf
 from longrope_export.errors import LongRopeError, ModelError, OutputError
-from longrope_export.gguf_format import KeyValue, make_key_value, read_header
+from longrope_export.gguf_format import read_header
+from longrope_export.gguf_values import KeyValue, make_key_value
 from longrope_export.outputs import replace_when_done
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16

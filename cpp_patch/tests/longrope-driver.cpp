@@ -7,6 +7,9 @@
 //   ctx NAME=VALUE ...   n_ctx n_batch n_ubatch n_seq_max unified fa type_k type_v swa_full n_threads
 //   add SEQ[,SEQ] POS TOKEN [TOKEN...]     more tokens of the batch
 //   decode                                 decode the batch; the logits of all its tokens are written
+//   score TOKEN                            decode the batch; instead of logits, -ln p of the token that follows
+//                                          each one is written, TOKEN follows the last
+//   run                                    decode the batch without output
 //   rm SEQ P0 P1 | cp SRC DST P0 P1 | keep SEQ | shift SEQ P0 P1 DELTA | clear
 //   switch file|causal|sequence | length SEQ N | must SEQ N
 //   save FILE | load FILE | save_seq FILE SEQ | load_seq FILE SEQ
@@ -18,6 +21,8 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -56,6 +61,18 @@ static std::vector<uint8_t> read_file(const std::string & path) {
 
 static void write_file(const std::string & path, const std::vector<uint8_t> & data) {
     std::ofstream(path, std::ios::binary).write((const char *) data.data(), data.size());
+}
+
+static float negative_log_likelihood(const float * logits, int n_vocab, llama_token next) {
+    double largest = logits[0];
+    for (int i = 1; i < n_vocab; ++i) {
+        largest = std::max<double>(largest, logits[i]);
+    }
+    double sum = 0;
+    for (int i = 0; i < n_vocab; ++i) {
+        sum += std::exp(logits[i] - largest);
+    }
+    return std::log(sum) + largest - logits[next];
 }
 
 struct token {
@@ -154,7 +171,9 @@ int main(int argc, char ** argv) {
             for (llama_token id; in >> id;) {
                 batch.push_back({ id, pos++, list });
             }
-        } else if (command == "decode") {
+        } else if (command == "decode" || command == "score" || command == "run") {
+            llama_token next = 0;
+            in >> next;
             llama_batch raw = llama_batch_init(batch.size(), 0, 16);
             for (const auto & t : batch) {
                 const int i     = raw.n_tokens++;
@@ -164,7 +183,7 @@ int main(int argc, char ** argv) {
                 for (size_t s = 0; s < t.seqs.size(); ++s) {
                     raw.seq_id[i][s] = t.seqs[s];
                 }
-                raw.logits[i] = true;
+                raw.logits[i] = command != "run";
             }
             const int64_t t0     = ggml_time_us();
             const int     status = llama_decode(ctx, raw);
@@ -173,8 +192,15 @@ int main(int argc, char ** argv) {
             if (status != 0) {
                 fail("llama_decode returned " + std::to_string(status));
             }
-            for (int i = 0; i < raw.n_tokens; ++i) {
-                logits.write((const char *) llama_get_logits_ith(ctx, i), n_vocab * sizeof(float));
+            for (int i = 0; i < raw.n_tokens && command != "run"; ++i) {
+                const float * row = llama_get_logits_ith(ctx, i);
+                if (command == "decode") {
+                    logits.write((const char *) row, n_vocab * sizeof(float));
+                } else {
+                    const bool  last = i + 1 == raw.n_tokens;
+                    const float nll  = negative_log_likelihood(row, n_vocab, last ? next : raw.token[i + 1]);
+                    logits.write((const char *) &nll, sizeof(nll));
+                }
             }
             llama_batch_free(raw);
             batch.clear();

@@ -21,48 +21,66 @@ from longrope_export.cli.common import (
 
 if TYPE_CHECKING:
     from longrope_export.config import LongRopeConfig
+    from longrope_export.demo.measured import Measured
     from longrope_export.models.model import Model
 
 PROGRAMS = ("llama-perplexity", "llama-completion")
 PROMPT = "A context window is"
+FOLDER = "longrope-demo"  # of its own, so that nobody's file of the same name is replaced
+_GENERATION_SECONDS = 5
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
 @click.option(
     "-o",
     "--output",
-    "folder",
+    "parent",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("demo"),
-    help="Folder for the results [demo].",
+    default=Path(),
+    help=f"Where the folder {FOLDER}/ with the results is made [here].",
 )
 @click.option("--target-length", type=int, default=32768, help="New context in tokens [32768].")
-@click.option("--lengths", default="8192,16384", help="Contexts to measure [8192,16384].")
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0),
+    help="Measure what fits into so many minutes, the build included [6].",
+)
+@click.option("--lengths", help="Measure these contexts, however long it takes: 8192,16384.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of llama.cpp [all].")
 @json_option
 def command(
-    folder: Path, target_length: int, lengths: str, threads: int | None, as_json: bool
+    parent: Path,
+    target_length: int,
+    budget: float | None,
+    lengths: str | None,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Take a real 8k model to 32k in llama.cpp, from nothing.
 
     Fetches SmolLM2-135M, builds llama.cpp (both are cached), makes YaRN factors, bakes them into
-    the GGUF, and measures the perplexity of both files on Python's own help texts.
+    the GGUF, and measures the perplexity of both files on Python's own help texts. What is
+    fetched, built and measured is kept, so that a second run goes further.
 
     \b
     longrope-export demo
-    longrope-export demo -o /tmp/demo --lengths 8192,16384,32768
+    longrope-export demo -o /tmp --lengths 8192,16384
     """
+    from longrope_export.demo.budget import (
+        FULL_CONTEXTS,
+        PROBE_CONTEXT,
+        affordable_contexts,
+        estimate_seconds,
+    )
     from longrope_export.demo.material import fetch_smollm2, write_help_text
-    from longrope_export.errors import ConfigError
+    from longrope_export.demo.measured import measure_once
     from longrope_export.llama_cpp.binaries import require_binaries
-    from longrope_export.llama_cpp.perplexity import run_perplexity
     from longrope_export.llama_cpp.progress import build_progress
     from longrope_export.models.model import load_model
 
-    if not all(part.isdecimal() for part in lengths.split(",")):
-        raise ConfigError(f"--lengths {lengths}: expected numbers of tokens, as 8192,16384")
-    contexts = [int(part) for part in lengths.split(",")]
+    contexts = _parse_lengths(lengths, budget)
     started = time.monotonic()
+    folder = parent / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with _step("SmolLM2-135M, a model trained for 8192 tokens"):
         source = fetch_smollm2()
@@ -75,25 +93,62 @@ def command(
     text = folder / "help.txt"
     write_help_text(text)
 
+    def measure(name: str, context: int) -> Measured:
+        path = source if name == "before" else extended
+        with _step(f"perplexity at {context} tokens, {name}"):
+            return measure_once(
+                programs / "llama-perplexity", path, text, context=context, threads=threads
+            )
+
+    hint = ""
+    if contexts is None:
+        budget = 6.0 if budget is None else budget
+        probe = measure("before", PROBE_CONTEXT).seconds
+        left = 60 * budget - (time.monotonic() - started) - _GENERATION_SECONDS
+        contexts = affordable_contexts(left, probe)
+        full = sum(2 * estimate_seconds(context, probe) for context in FULL_CONTEXTS)
+        hint = _what_is_missing(contexts, model.window, budget, full)
     rows: list[dict[str, Any]] = []
     for context in contexts:
         row: dict[str, Any] = {"context": context}
-        for name, path in (("before", source), ("after", extended)):
-            with _step(f"perplexity at {context} tokens, {name}"):
-                measured = run_perplexity(
-                    programs / "llama-perplexity", path, text, context=context, threads=threads
-                )
-            row[name], row[f"{name}_error"] = measured.value, measured.standard_error
+        for name in ("before", "after"):
+            result = measure(name, context).perplexity
+            row[name], row[f"{name}_error"] = result.value, result.standard_error
         rows.append(row)
     with _step("a few tokens from the new file"):
         generated = _generate(programs / "llama-completion", extended, threads)
     seconds = time.monotonic() - started
     if as_json:
-        print_json(
-            {"rows": rows, "generated": generated, "seconds": seconds, "model": str(extended)}
-        )
+        result_json = {"rows": rows, "generated": generated, "seconds": seconds}
+        print_json({**result_json, "model": str(extended), "note": hint})
         return
-    _print_result(rows, generated, extended, target_length, seconds)
+    _print_result(rows, generated, extended, target_length, seconds, hint)
+
+
+def _parse_lengths(lengths: str | None, budget: float | None) -> list[int] | None:
+    from longrope_export.errors import ConfigError
+
+    if lengths is None:
+        return None
+    if budget is not None:
+        raise ConfigError("--lengths are measured however long it takes: leave out --budget")
+    if not all(part.isdecimal() and int(part) for part in lengths.split(",")):
+        raise ConfigError(f"--lengths {lengths}: expected numbers of tokens, as 8192,16384")
+    return [int(part) for part in lengths.split(",")]
+
+
+def _what_is_missing(contexts: list[int], window: int, budget: float, full_seconds: float) -> str:
+    """What a user has to know about a table that was cut short; empty if nothing is missing."""
+    from longrope_export.demo.budget import FULL_CONTEXTS
+
+    if contexts == list(FULL_CONTEXTS):
+        return ""
+    shown = "" if contexts[-1] > window else f", so nothing beyond the trained {window} is shown"
+    return (
+        f"Only what fits into {budget:g} minutes was measured{shown}. The whole table takes about "
+        f"{max(full_seconds / 60, 1):.0f} minutes more: longrope-export demo --lengths "
+        + ",".join(map(str, FULL_CONTEXTS))
+    )
 
 
 def _bake(model: Model, target_length: int, factors: Path, output: Path) -> LongRopeConfig:
@@ -146,7 +201,12 @@ def _step(title: str) -> Iterator[None]:
 
 
 def _print_result(
-    rows: list[dict[str, Any]], generated: str, model: Path, target_length: int, seconds: float
+    rows: list[dict[str, Any]],
+    generated: str,
+    model: Path,
+    target_length: int,
+    seconds: float,
+    hint: str,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -163,6 +223,8 @@ def _print_result(
             f"{row['after'] / row['before']:.2f}",
         )
     console.print(table)
+    if hint:
+        console.print(f"[yellow]{hint}[/yellow]", highlight=False)
     console.print(f"[bold]It writes:[/bold] {generated}", markup=True, highlight=False)
     console.print(
         f"\n{model} is ready ({seconds:.0f} s in all). Next:\n"

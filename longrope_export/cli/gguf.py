@@ -25,7 +25,12 @@ from longrope_export.cli.common import (
 @model_options
 @factor_options
 @click.option("--switch", type=click.Choice(["causal", "sequence"]), help="Override the file's.")
-@click.option("-o", "--output", type=OUTPUT_PATH, help="GGUF file [beside MODEL].")
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT_PATH,
+    help="GGUF file [beside MODEL; for a hub id in the current folder].",
+)
 @click.option(
     "--outtype",
     type=str.lower,
@@ -77,27 +82,29 @@ def command(
     longrope-export gguf model.gguf --factors f.json --in-place
     longrope-export gguf model/ --tier 4096=4k.csv --tier 131072=128k.csv -o model.gguf
     """
-    from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions, find_inputs
+    from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
     from longrope_export.errors import UnsupportedError
     from longrope_export.models.model import ModelKind, find_model, load_model
-    from longrope_export.outputs import check_output
 
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     config = given_factors(factors, tiers, source, switch)
     if in_place and output is not None:
         raise UnsupportedError("--in-place writes to MODEL itself: leave out -o")
-    if in_place and config is None:
-        raise UnsupportedError("--in-place needs --factors or --tier")
-    target = output or _default_output(source.path, outtype, is_file=source.kind is ModelKind.GGUF)
-    options = GgufOptions(outtype, pre, name, threads, force, in_place, trust_remote_code)
-    converter = GgufConverter(options)
-    converter.check(source, config)
-    if not in_place:
-        for path in converter.outputs(source, target):
-            inputs = [*find_inputs(source), *input_files(source.path, factors, tiers)]
-            check_output(path, inputs, force=force)
+    target = output or _default_output(model, outtype, is_file=source.kind is ModelKind.GGUF)
+    converter = GgufConverter(
+        GgufOptions(
+            outtype=outtype,
+            pre=pre,
+            name=name,
+            threads=threads,
+            force=force,
+            in_place=in_place,
+            trust_remote_code=trust_remote_code,
+            other_inputs=tuple(input_files(source.path, factors, tiers)),
+        )
+    )
     if dry_run:
-        converter.dry_run(source, config)
+        converter.dry_run(source, config, target)
         say(f"{source.path if in_place else target}: would be written from {source.path}")
         return
     total = _source_bytes(source.path)
@@ -111,10 +118,16 @@ def command(
         say(f"  note: {note}")
 
 
-def _default_output(path: Path, outtype: str | None, *, is_file: bool) -> Path:
-    """Beside the source: model.gguf -> model-longrope.gguf, folder -> folder/../folder-TYPE.gguf."""
+def _default_output(model: str, outtype: str | None, *, is_file: bool) -> Path:
+    """model.gguf -> model-longrope.gguf, folder -> folder/../folder-TYPE.gguf, both beside the source.
+
+    A hub id has no place of its own: owner/name -> name-TYPE.gguf in the current folder.
+    """
+    path = Path(model)
     if is_file:
         return path.with_name(f"{path.stem}-{outtype or 'longrope'}.gguf")
+    if not path.exists():
+        return Path(f"{path.name}-{outtype or 'auto'}.gguf")
     resolved = path.resolve()
     return resolved.parent / f"{resolved.name}-{outtype or 'auto'}.gguf"
 

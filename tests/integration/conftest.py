@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from longrope_export.llama_cpp.binaries import require_binaries
+from longrope_export.llama_cpp.options import BuildOptions, cpp_folder
+from longrope_export.llama_cpp.source import fetch_source
 
 PROGRAMS = ("llama-perplexity", "llama-completion", "llama-quantize")
+STOCK = BuildOptions(patched=False)
 
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
-    """Folder of the pinned llama.cpp's programs."""
-    return require_binaries(PROGRAMS, build=True)
+    """Folder of the stock programs of the pinned llama.cpp."""
+    return require_binaries(PROGRAMS, STOCK, build=True)
+
+
+@dataclass
+class Driver:
+    """cpp_patch/tests/longrope-driver.cpp, which runs a model by a script."""
+
+    program: Path
+    libraries: dict[bool, Path]  # patched or not -> folder of the shared libraries
+    scratch: Path
+
+    def run(
+        self, model: Path, script: Iterable[str], *, patched: bool = True
+    ) -> tuple[npt.NDArray[np.float32], str]:
+        """What the script wrote, flat, and what it printed.
+
+        Raises:
+            AssertionError: the driver failed; holds what it said.
+        """
+        output = self.scratch / "logits.bin"
+        result = subprocess.run(
+            [self.program, model, output],
+            input="\n".join(script) + "\n",
+            env={"LD_LIBRARY_PATH": str(self.libraries[patched])},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        return np.fromfile(output, np.float32), result.stdout
+
+
+def add(sequence: int | str, position: int, tokens: Iterable[int]) -> str:
+    return f"add {sequence} {position} {' '.join(map(str, tokens))}"
+
+
+@pytest.fixture(scope="session")
+def driver(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    libraries = {True: require_binaries(("llama-completion",), build=True), False: programs}
+    folder = tmp_path_factory.mktemp("driver")
+    source = fetch_source()  # the longrope functions are looked up at run time
+    includes = [f"-I{source / name}" for name in ("include", "ggml/include")]
+    names = ("llama", "ggml", "ggml-base")
+    links = [f"-L{libraries[True]}", *(f"-l{name}" for name in names), "-ldl", "-lpthread"]
+    program = folder / "longrope-driver"
+    code = cpp_folder() / "cpp_patch" / "tests" / "longrope-driver.cpp"
+    command = ["c++", "-std=c++17", "-O1", "-o", program, code, *includes, *links]
+    subprocess.run([*map(str, command), f"-Wl,-rpath-link,{libraries[True]}"], check=True)
+    return Driver(program, libraries, folder)

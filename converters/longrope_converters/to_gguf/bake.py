@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGMLQuantizationType
 
 from longrope_converters.to_gguf.files import (
     copy_range,
@@ -23,15 +22,8 @@ from longrope_converters.to_gguf.files import (
     write_exactly,
 )
 from longrope_export.errors import GgufError
-from longrope_export.gguf_format import (
-    GgufHeader,
-    KeyValue,
-    TensorInfo,
-    build_header,
-    make_key_value,
-    padding,
-    read_header,
-)
+from longrope_export.gguf_format import GgufHeader, TensorInfo, build_header, padding
+from longrope_export.gguf_values import GGML_TYPE_F32, KeyValue, make_key_value
 
 #: fills the room left by an edit in place, see in_place.py
 PADDING_KEY = "general.longrope_export.padding"
@@ -93,7 +85,7 @@ class EditedHeader:
 
 
 def bake_gguf(
-    source: Path,
+    source: GgufHeader,
     output: Path,
     edit: HeaderEdit,
     progress: Callable[[int], None] | None = None,
@@ -101,18 +93,18 @@ def bake_gguf(
     """Write an edited copy of one file; of a split model, its first shard.
 
     Args:
-        source: an existing GGUF, only read.
+        source: the header of an existing GGUF, from read_header; the file is only read.
         output: a temporary name: the caller syncs, renames or removes it.
         edit: the changes.
         progress: called with the number of bytes written since the last call.
 
     Raises:
-        GgufError: the source is damaged, or the edit does not fit it. Nothing was written.
+        GgufError: the edit does not fit the source. Nothing was written.
         OSError: the output cannot be written, ENOSPC included.
     """
-    edited = apply_edit(read_header(source), edit)
+    edited = apply_edit(source, edit)
     header = edited.build()
-    reading = open_source(source)
+    reading = open_source(source.path)
     try:
         writing = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
@@ -122,7 +114,7 @@ def bake_gguf(
                 count = min(_COPY_PIECE_BYTES, edited.kept_bytes - start)
                 at = len(header) + start
                 copy_range(
-                    reading, source, edited.source.data_start_bytes + start, writing, at, count
+                    reading, source.path, source.data_start_bytes + start, writing, at, count
                 )
                 start_writeback(writing, at, count)
                 if progress is not None:
@@ -152,7 +144,7 @@ def apply_edit(header: GgufHeader, edit: HeaderEdit) -> EditedHeader:
     for name, values in edit.new_tensors.items():
         if name in edit.replace_tensors.values():
             continue
-        tensors.append(TensorInfo(name, values.shape, int(GGMLQuantizationType.F32), end))
+        tensors.append(TensorInfo(name, values.shape, GGML_TYPE_F32, end))
         data = values.astype("<f4").tobytes()
         data += bytes(padding(len(data), header.alignment_bytes))
         added.append(Patch(end, data))
@@ -236,7 +228,7 @@ def _replace_tensors(header: GgufHeader, edit: HeaderEdit) -> tuple[list[TensorI
             tensors.append(info)
             continue
         values = edit.new_tensors[new_name]
-        if info.ggml_type != GGMLQuantizationType.F32 or info.shape != values.shape:
+        if info.ggml_type != GGML_TYPE_F32 or info.shape != values.shape:
             raise GgufError(
                 f"{header.path}: tensor {info.name} of shape {list(info.shape)} and type "
                 f"{info.ggml_type} cannot take {values.size} float32 values"

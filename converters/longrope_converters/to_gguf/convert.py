@@ -8,33 +8,36 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longrope_converters.base import ExportReport, Progress
-from longrope_converters.to_gguf.bake import HeaderEdit, apply_edit
+from longrope_converters.to_gguf.bake import apply_edit
 from longrope_converters.to_gguf.in_place import bake_in_place
-from longrope_converters.to_gguf.longrope import add_to_plan, edit_for
-from longrope_converters.to_gguf.plan import GgufPlan
-from longrope_converters.to_gguf.shards import bake_split, find_shards, shard_outputs
+from longrope_converters.to_gguf.longrope import edit_for
+from longrope_converters.to_gguf.shards import bake_split, read_shards, shard_outputs
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import UnsupportedError
-from longrope_export.gguf_format import read_header
-from longrope_export.gguf_keys import (
-    LLAMA3_TENSOR,
-    LONG_TENSOR,
-    SHORT_TENSOR,
-    has_stock_fields,
-)
+from longrope_export.gguf_format import GgufHeader, read_header
+from longrope_export.gguf_keys import LLAMA3_TENSOR, has_stock_fields
 from longrope_export.honours import Verdict, honours
 from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
 from longrope_export.outputs import check_output, replace_when_done
 
+if TYPE_CHECKING:
+    from longrope_converters.to_gguf.plan import GgufPlan
+
 STREAMED_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 OUTTYPES = (*STREAMED_OUTTYPES, "auto")
+
+_ROUTES = {
+    "bake": "its header is edited, its tensors stay as they are",
+    "native": "a family that is converted here",
+    "stock": "converted by llama.cpp's own converter",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class GgufOptions:
         force: replace an existing output.
         in_place: edit the source GGUF itself; not crash-safe.
         trust_remote_code: let llama.cpp's converter run code from the model folder.
+        other_inputs: files besides the model that no output may replace.
     """
 
     outtype: str | None = None
@@ -59,6 +63,7 @@ class GgufOptions:
     force: bool = False
     in_place: bool = False
     trust_remote_code: bool = False
+    other_inputs: tuple[Path, ...] = ()
 
 
 class GgufConverter:
@@ -68,32 +73,47 @@ class GgufConverter:
         self.options = options or GgufOptions()
 
     def check(self, model: Model, config: LongRopeConfig | None) -> None:
-        """Refuse what cannot be written.
+        """Refuse what cannot be written, and options that would be ignored.
 
         Raises:
             UnsupportedError: options that contradict each other or the source.
             ToolError: an outtype that needs llama-quantize, and it is not built.
         """
         options = self.options
+        if options.in_place and (model.kind is ModelKind.HF or options.outtype):
+            raise UnsupportedError(
+                "--in-place edits a GGUF source and keeps its tensors as they are"
+            )
+        if options.in_place and config is None:
+            raise UnsupportedError("--in-place needs factors: give --factors or --tier")
         if model.kind is ModelKind.GGUF:
             if config is None and options.outtype is None:
                 raise UnsupportedError(
                     f"{model.path}: nothing to do for a GGUF without --factors or --outtype"
                 )
-            for flag, value in (("--pre", options.pre), ("--model-name", options.name)):
-                if value is not None:
-                    raise UnsupportedError(f"{flag} is ignored for a GGUF source: leave it out")
             if options.outtype == "auto":
                 raise UnsupportedError("--outtype auto is for folders; leave it out for a GGUF")
-        if options.in_place and (model.kind is ModelKind.HF or options.outtype):
-            raise UnsupportedError(
-                "--in-place edits a GGUF source and keeps its tensors as they are"
-            )
+        self._refuse_ignored_options(model)
         quantized = self._quantized_type(model)
         if quantized is not None:
             from longrope_converters.to_gguf.quantize import check_quantizer
 
             check_quantizer(quantized)
+
+    def _refuse_ignored_options(self, model: Model) -> None:
+        options, route = self.options, _route(model)
+        uses = (
+            ("--pre", options.pre, route == "native"),
+            ("--model-name", options.name, route != "bake"),
+            ("--threads", options.threads, route == "native" or self._quantized_type(model)),
+            ("--trust-remote-code", options.trust_remote_code, route == "stock"),
+            ("--force", options.force, not options.in_place),
+        )
+        for flag, value, is_used in uses:
+            if value and not is_used:
+                raise UnsupportedError(
+                    f"{flag} is ignored for {model.path} ({_ROUTES[route]}): leave it out"
+                )
 
     def convert(
         self, model: Model, config: LongRopeConfig | None, output: Path, progress: Progress
@@ -102,44 +122,57 @@ class GgufConverter:
 
         Args:
             config: factors, or None to carry over what the source itself declares.
-            output: final name; for split sources the first shard's.
+            output: final name; for split sources the first shard's. Not used by an edit in place.
 
         Raises:
             LongRopeError: see check; or the source is damaged, or the output cannot be written.
         """
         self.check(model, config)
+        shards = _shards(model)
         if config is None and model.native.provenance.get("method") == "model (longrope)":
             config = model.native
         if self.options.in_place:
-            bake_in_place(model.path, _edit(model.path, config))
-            return self._report(model, config, model.path, "in place")
-        for path in self.outputs(model, output):
-            check_output(path, find_inputs(model), force=self.options.force)
+            bake_in_place(shards[0], edit_for(shards, config))
+            return self._report(model, shards, config, model.path, "in place")
+        self._check_outputs(model, shards, output)
         quantized = self._quantized_type(model)
         if quantized is None:
-            route = self._write(model, config, output, self.options.outtype, progress)
+            written, route = self._write(
+                model, shards, config, output, self.options.outtype, progress
+            )
         else:
-            route = self._write_quantized(model, config, output, quantized, progress)
-        return self._report(model, config, output, route)
+            written, route = (
+                output,
+                self._write_quantized(model, shards, config, output, quantized, progress),
+            )
+        return self._report(model, shards, config, written, route)
 
-    def dry_run(self, model: Model, config: LongRopeConfig | None) -> None:
+    def dry_run(self, model: Model, config: LongRopeConfig | None, output: Path) -> None:
         """Everything of convert but the writing: reads headers, settings and vocabulary.
 
         Raises:
             LongRopeError: what convert would raise before it writes.
         """
         self.check(model, config)
-        if model.kind is ModelKind.GGUF:
-            apply_edit(read_header(model.path), _edit(model.path, config))
-            return
-        from longrope_converters.to_gguf.hf_plan import is_native
-        from longrope_converters.to_gguf.stream import plan_layout
+        shards = _shards(model)
+        if not self.options.in_place:
+            self._check_outputs(model, shards, output)
+        if shards:
+            apply_edit(shards[0], edit_for(shards, config))
+        elif _route(model) == "native":
+            from longrope_converters.to_gguf.stream import plan_layout
 
-        if is_native(read_hf_config(model.path)):
             plan_layout(self._plan(model, config, self.options.outtype))
+
+    def _check_outputs(self, model: Model, shards: Sequence[GgufHeader], output: Path) -> None:
+        inputs = [shard.path for shard in shards] or sorted(model.path.iterdir())
+        is_split = len(shards) > 1 and self._quantized_type(model) is None
+        for path in shard_outputs(output, len(shards)) if is_split else (output,):
+            check_output(path, [*inputs, *self.options.other_inputs], force=self.options.force)
 
     def _plan(self, model: Model, config: LongRopeConfig | None, outtype: str | None) -> GgufPlan:
         from longrope_converters.to_gguf.hf_plan import plan_hf_folder
+        from longrope_converters.to_gguf.plan import add_to_plan
 
         plan = plan_hf_folder(
             read_hf_config(model.path),
@@ -150,12 +183,6 @@ class GgufConverter:
         )
         return plan if config is None else add_to_plan(plan, config)
 
-    def outputs(self, model: Model, output: Path) -> tuple[Path, ...]:
-        """Every file that convert writes: one, or as many as the split source has shards."""
-        if model.kind is ModelKind.HF or self._quantized_type(model):
-            return (output,)
-        return shard_outputs(output, len(find_shards(model.path)))
-
     def _quantized_type(self, model: Model) -> str | None:
         outtype = self.options.outtype
         if outtype is None or (outtype in OUTTYPES and model.kind is ModelKind.HF):
@@ -165,26 +192,28 @@ class GgufConverter:
     def _write(
         self,
         model: Model,
+        shards: Sequence[GgufHeader],
         config: LongRopeConfig | None,
         output: Path,
         outtype: str | None,
         progress: Progress,
-    ) -> str:
-        if model.kind is ModelKind.GGUF:
-            shards = find_shards(model.path)
+    ) -> tuple[Path, str]:
+        """Write without llama-quantize; returns the file (the first shard's) and the route."""
+        route = _route(model)
+        if route == "bake":
             outputs = shard_outputs(output, len(shards))
-            bake_split(shards, outputs, _edit(model.path, config), progress)
-            return "bake"
-        # a bake needs none of these, and starts in half the time without them
-        from longrope_converters.to_gguf.hf_plan import is_native
+            bake_split(shards, outputs, edit_for(shards, config), progress)
+            return outputs[0], route
+        if route == "stock":
+            self._write_with_stock(model, config, output, outtype or "auto", progress)
+            return output, route
+        # a bake needs none of this, and starts sooner without
         from longrope_converters.to_gguf.stream import write_gguf
 
-        if not is_native(read_hf_config(model.path)):
-            return self._write_with_stock(model, config, output, outtype or "auto", progress)
         plan = self._plan(model, config, outtype)
         with replace_when_done(output) as temporary:
             write_gguf(plan, temporary, self.options.threads, progress)
-        return "native"
+        return output, route
 
     def _write_with_stock(
         self,
@@ -193,14 +222,12 @@ class GgufConverter:
         output: Path,
         outtype: str,
         progress: Progress,
-    ) -> str:
+    ) -> None:
+        from tempfile import TemporaryDirectory
+
         from longrope_converters.to_gguf.stock import convert_with_stock
 
-        if self.options.pre is not None:
-            raise UnsupportedError(
-                f"--pre is ignored by llama.cpp's converter, which {model.path} needs: leave it out"
-            )
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".longrope-") as folder:
+        with TemporaryDirectory(dir=output.parent, prefix=".longrope-") as folder:
             plain = Path(folder) / "stock.gguf"
             convert_with_stock(
                 model.path,
@@ -213,34 +240,39 @@ class GgufConverter:
                 with replace_when_done(output) as temporary:
                     plain.replace(temporary)
             else:
-                bake_split([plain], [output], _edit(plain, config), progress)
-        return "stock"
+                header = read_header(plain)
+                bake_split([header], [output], edit_for([header], config), progress)
 
     def _write_quantized(
         self,
         model: Model,
+        shards: Sequence[GgufHeader],
         config: LongRopeConfig | None,
         output: Path,
         outtype: str,
         progress: Progress,
     ) -> str:
+        from tempfile import TemporaryDirectory
+
         from longrope_converters.to_gguf.quantize import quantize
 
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".longrope-") as folder:
-            full = Path(folder) / "full.gguf"
+        with TemporaryDirectory(dir=output.parent, prefix=".longrope-") as folder:
             source, route = model.path, "bake"
             if model.kind is ModelKind.HF or config is not None:
-                route = self._write(model, config, full, None, progress)
-                shards = 1 if model.kind is ModelKind.HF else len(find_shards(model.path))
-                source = shard_outputs(full, shards)[0]
+                full = Path(folder) / "full.gguf"
+                source, route = self._write(model, shards, config, full, None, progress)
             with replace_when_done(output) as temporary:
                 quantize(source, temporary, outtype, self.options.threads)
         return f"{route}, llama-quantize {outtype}"
 
     def _report(
-        self, model: Model, config: LongRopeConfig | None, output: Path, route: str
+        self,
+        model: Model,
+        shards: Sequence[GgufHeader],
+        config: LongRopeConfig | None,
+        written: Path,
+        route: str,
     ) -> ExportReport:
-        written = output if self.options.in_place else self.outputs(model, output)[0]
         return ExportReport(
             output=written,
             source=model.path,
@@ -248,36 +280,25 @@ class GgufConverter:
             route=route,
             num_bytes=written.stat().st_size,
             config=config,
-            notes=_notes(model, config, read_header(written).architecture),
+            notes=_notes(model, config, shards[0] if shards else read_header(written)),
             honours={} if config is None else honours(config, model),
         )
 
 
-def _edit(path: Path, config: LongRopeConfig | None) -> HeaderEdit:
-    if config is None:
-        return HeaderEdit()
-    _refuse_factors_in_later_shards(find_shards(path))
-    return edit_for(read_header(path), config)
-
-
-def _refuse_factors_in_later_shards(shards: Sequence[Path]) -> None:
-    for shard in shards[1:]:
-        names = {info.name for info in read_header(shard).tensors}
-        if names & {LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR}:
-            raise UnsupportedError(
-                f"{shard}: holds rope factors, which are expected in the first shard: join the "
-                f"files with llama-gguf-split --merge first"
-            )
-
-
-def find_inputs(model: Model) -> list[Path]:
-    """The files that a conversion reads, none of which may be an output."""
+def _route(model: Model) -> str:
+    """One of _ROUTES: how the tensors get from the source into a GGUF."""
     if model.kind is ModelKind.GGUF:
-        return list(find_shards(model.path))
-    return sorted(path for path in model.path.iterdir() if path.is_file())
+        return "bake"
+    from longrope_converters.to_gguf.hf_plan import is_native
+
+    return "native" if is_native(read_hf_config(model.path)) else "stock"
 
 
-def _notes(model: Model, config: LongRopeConfig | None, architecture: str) -> tuple[str, ...]:
+def _shards(model: Model) -> tuple[GgufHeader, ...]:
+    return read_shards(model.path) if model.kind is ModelKind.GGUF else ()
+
+
+def _notes(model: Model, config: LongRopeConfig | None, header: GgufHeader) -> tuple[str, ...]:
     """What a user of an unpatched llama.cpp has to know."""
     if config is None:
         if model.native.provenance.get("method") == "model (dynamic)":
@@ -286,10 +307,12 @@ def _notes(model: Model, config: LongRopeConfig | None, architecture: str) -> tu
                 "make factors with `longrope-export factors dynamic-ntk` and pass --factors",
             )
         return ()
-    if not has_stock_fields(architecture):
+    if not has_stock_fields(header.architecture):
+        own = any(info.name == LLAMA3_TENSOR for info in header.tensors)
+        scaling = f"scaled by its own {LLAMA3_TENSOR} alone" if own else "unscaled"
         return (
-            f"stock llama.cpp has no factors for architecture {architecture!r}: it runs this file "
-            f"as the base model, unscaled; the keys are for a patched build",
+            f"stock llama.cpp has no factors for architecture {header.architecture!r}: it runs "
+            f"this file as the base model, {scaling}; the keys are for a patched build",
         )
     cells = honours(config, model)["llama.cpp"]
     lost = [

@@ -26,7 +26,7 @@ from gguf.gguf_writer import GGUFWriter
 
 from longrope_converters.to_gguf.plan import PlannedTensor
 from longrope_export.errors import ModelError, UnsupportedError
-from longrope_export.gguf_format import KeyValue, make_array, make_key_value
+from longrope_export.gguf_values import KeyValue, ValueType, make_array, make_key_value
 from longrope_export.models.hf_config import HfConfig, HfRope, read_json_object
 
 _ROPE_FREQS_ARCHITECTURES = frozenset(
@@ -42,9 +42,9 @@ def collected_key_values(writer: GGUFWriter) -> tuple[KeyValue, ...]:
     for key, entry in writer.kv_data[0].items():
         if entry.type == GGUFValueType.ARRAY:
             element_type = entry.sub_type or GGUFValueType.get_type(entry.value[0])
-            entries.append(make_array(key, element_type, entry.value))
+            entries.append(make_array(key, ValueType(element_type), entry.value))
         else:
-            entries.append(make_key_value(key, entry.type, entry.value))
+            entries.append(make_key_value(key, ValueType(entry.type), entry.value))
     return tuple(entries)
 
 

@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGUFValueType
 
 from longrope_converters.to_gguf.bake import (
     PADDING_KEY,
@@ -28,22 +27,23 @@ from longrope_converters.to_gguf.bake import (
 )
 from longrope_converters.to_gguf.files import read_exactly, write_exactly
 from longrope_export.errors import OutputError
-from longrope_export.gguf_format import build_header, make_key_value, read_header
+from longrope_export.gguf_format import GgufHeader, build_header
+from longrope_export.gguf_values import ValueType, make_key_value
 
 # linux/falloc.h
 _FALLOC_FL_COLLAPSE_RANGE = 0x08
 _FALLOC_FL_INSERT_RANGE = 0x20
 
 
-def bake_in_place(source: Path, edit: HeaderEdit) -> None:
-    """Edit `source` itself; of a split model, give the first shard.
+def bake_in_place(header: GgufHeader, edit: HeaderEdit) -> None:
+    """Edit the file that `header` was read from; of a split model, give the first shard.
 
     Raises:
-        GgufError: the file is damaged, or the edit does not fit it. It is unchanged.
+        GgufError: the edit does not fit the file. It is unchanged.
         OutputError: the file has several names, the file system cannot do it, or a write failed
             (a full disk); it is as before.
     """
-    header = read_header(source)
+    source = header.path
     edited = apply_edit(header, edit)
     try:
         descriptor = os.open(source, os.O_RDWR)
@@ -75,7 +75,7 @@ def _build_with_padding(edited: EditedHeader, block_bytes: int) -> bytes:
     alignment = edited.source.alignment_bytes
     version = edited.source.version
     plain_bytes = len(build_header(edited.key_values, edited.tensors, 1, version))
-    empty = make_key_value(PADDING_KEY, GGUFValueType.STRING, "")
+    empty = make_key_value(PADDING_KEY, ValueType.STRING, "")
     target = edited.source.data_start_bytes
     while True:
         room = target - plain_bytes
@@ -83,7 +83,7 @@ def _build_with_padding(edited: EditedHeader, block_bytes: int) -> bytes:
             return edited.build()
         fill = room - len(empty.pack())
         if fill >= 0:
-            pad = make_key_value(PADDING_KEY, GGUFValueType.STRING, " " * fill)
+            pad = make_key_value(PADDING_KEY, ValueType.STRING, " " * fill)
             return build_header((*edited.key_values, pad), edited.tensors, alignment, version)
         target += block_bytes
 

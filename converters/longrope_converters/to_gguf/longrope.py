@@ -1,13 +1,10 @@
-"""Put a LongRopeConfig into a plan, or work out the edits that put it into an existing file."""
+"""Work out the edits that put a LongRopeConfig into an existing file."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from gguf.constants import GGMLQuantizationType
+from collections.abc import Sequence
 
 from longrope_converters.to_gguf.bake import HeaderEdit
-from longrope_converters.to_gguf.plan import GgufPlan, PlannedTensor
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import UnsupportedError
 from longrope_export.gguf_format import GgufHeader
@@ -20,15 +17,19 @@ from longrope_export.gguf_keys import (
 )
 
 
-def edit_for(header: GgufHeader, config: LongRopeConfig) -> HeaderEdit:
-    """The edit that gives a file these factors, whatever factors it had before.
+def edit_for(shards: Sequence[GgufHeader], config: LongRopeConfig | None) -> HeaderEdit:
+    """The edit of the first shard that gives a model these factors, whatever it had before.
 
     Llama 3's rope_freqs.weight makes room for the short factors: stock llama.cpp would prefer it
     to both sets, and refuse the file for a tensor that it did not expect.
 
     Raises:
-        UnsupportedError: the file holds factor tensors that nothing could load.
+        UnsupportedError: the model holds factor tensors where nothing could load or change them.
     """
+    if config is None:
+        return HeaderEdit()
+    _refuse_factors_in_later_shards(shards)
+    header = shards[0]
     encoded = encode_config(config, header.architecture)
     _refuse_another_temperature(header, encoded)
     present = {info.name for info in header.tensors}
@@ -48,6 +49,15 @@ def edit_for(header: GgufHeader, config: LongRopeConfig) -> HeaderEdit:
     return HeaderEdit(encoded.set_keys, encoded.remove_keys, encoded.tensors, replaced)
 
 
+def _refuse_factors_in_later_shards(shards: Sequence[GgufHeader]) -> None:
+    for shard in shards[1:]:
+        if {info.name for info in shard.tensors} & {LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR}:
+            raise UnsupportedError(
+                f"{shard.path}: holds rope factors, which are expected in the first shard: join "
+                f"the files with llama-gguf-split --merge first"
+            )
+
+
 def _refuse_another_temperature(header: GgufHeader, encoded: GgufLongRope) -> None:
     """mistral3 counts its attention temperature in units of the original context length."""
     if header.architecture != "mistral3" or not header.arch_get("attention.temperature_scale"):
@@ -60,25 +70,3 @@ def _refuse_another_temperature(header: GgufHeader, encoded: GgufLongRope) -> No
             f"{header.path}: its attention temperature depends on {name} = {old}, and these "
             f"factors need {new}: make them with a first tier of {old} tokens"
         )
-
-
-def add_to_plan(plan: GgufPlan, config: LongRopeConfig) -> GgufPlan:
-    """A plan without rope scaling, with the keys and factor tensors of `config` added.
-
-    The factor tensors come first, where llama.cpp's own converter puts them.
-    """
-    architecture = next(
-        str(entry.value) for entry in plan.key_values if entry.key == "general.architecture"
-    )
-    encoded = encode_config(config, architecture)
-    replaced = {entry.key: entry for entry in encoded.set_keys}
-    kept = [
-        replaced.pop(entry.key, entry)
-        for entry in plan.key_values
-        if entry.key not in encoded.remove_keys
-    ]
-    factors = tuple(
-        PlannedTensor(name, values, GGMLQuantizationType.F32)
-        for name, values in encoded.tensors.items()
-    )
-    return replace(plan, key_values=(*kept, *replaced.values()), tensors=factors + plan.tensors)

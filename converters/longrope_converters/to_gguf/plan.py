@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
-from longrope_export.gguf_format import KeyValue
+from longrope_export.config import LongRopeConfig
+from longrope_export.gguf_keys import encode_config
+from longrope_export.gguf_values import KeyValue
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,25 @@ class GgufPlan:
 
     key_values: tuple[KeyValue, ...]
     tensors: tuple[PlannedTensor, ...]
+
+
+def add_to_plan(plan: GgufPlan, config: LongRopeConfig) -> GgufPlan:
+    """A plan without rope scaling, with the keys and factor tensors of `config` added.
+
+    The factor tensors come first, where llama.cpp's own converter puts them.
+    """
+    architecture = next(
+        str(entry.value) for entry in plan.key_values if entry.key == "general.architecture"
+    )
+    encoded = encode_config(config, architecture)
+    replaced = {entry.key: entry for entry in encoded.set_keys}
+    kept = [
+        replaced.pop(entry.key, entry)
+        for entry in plan.key_values
+        if entry.key not in encoded.remove_keys
+    ]
+    factors = tuple(
+        PlannedTensor(name, values, GGMLQuantizationType.F32)
+        for name, values in encoded.tensors.items()
+    )
+    return replace(plan, key_values=(*kept, *replaced.values()), tensors=factors + plan.tensors)

@@ -8,42 +8,42 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from longrope_converters.to_gguf.bake import HeaderEdit, bake_gguf, split_position
 from longrope_export.errors import GgufError
-from longrope_export.gguf_format import read_header
+from longrope_export.gguf_format import GgufHeader, read_header
 from longrope_export.outputs import replace_when_done
 
 
-def find_shards(path: Path) -> tuple[Path, ...]:
-    """All files of the model, the first shard first; `(path,)` for a model in one file.
+def read_shards(path: Path) -> tuple[GgufHeader, ...]:
+    """The headers of all files of the model, the first shard's first; one for a model in one file.
 
     Raises:
         GgufError: `path` is a later shard, is not named as llama.cpp expects, or one is missing
             or belongs to another model.
     """
-    number, count = split_position(read_header(path))
+    header = read_header(path)
+    number, count = split_position(header)
     if count == 1:
-        return (path,)
+        return (header,)
     suffix = f"-{number + 1:05d}-of-{count:05d}.gguf"
     if not path.name.endswith(suffix):
         raise GgufError(
             f"{path}: is shard {number + 1} of {count}, so its name must end in {suffix}: rename it"
         )
-    shards = _names(path.name.removesuffix(suffix), path, count)
+    names = _names(path.name.removesuffix(suffix), path, count)
     if number != 0:
-        raise GgufError(
-            f"{path}: is shard {number + 1} of {count}: give the first one, {shards[0]}"
-        )
-    for index, shard in enumerate(shards[1:], start=1):
+        raise GgufError(f"{path}: is shard {number + 1} of {count}: give the first one, {names[0]}")
+    shards = [header]
+    for index, shard in enumerate(names[1:], start=1):
         if not shard.is_file():
             raise GgufError(f"{shard}: shard {index + 1} of {count} is missing; fetch it again")
-        if split_position(read_header(shard)) != (index, count):
+        shards.append(read_header(shard))
+        if split_position(shards[-1]) != (index, count):
             raise GgufError(f"{shard}: is not shard {index + 1} of {count}: fetch it again")
-    return shards
+    return tuple(shards)
 
 
 def shard_outputs(output: Path, count: int) -> tuple[Path, ...]:
@@ -58,7 +58,7 @@ def shard_outputs(output: Path, count: int) -> tuple[Path, ...]:
 
 
 def bake_split(
-    shards: Sequence[Path],
+    shards: Sequence[GgufHeader],
     outputs: Sequence[Path],
     edit: HeaderEdit,
     progress: Callable[[int], None] | None = None,
@@ -69,26 +69,28 @@ def bake_split(
     Works for a model in one file too.
 
     Args:
-        shards: from `find_shards`.
+        shards: from `read_shards`.
         outputs: from `shard_outputs`, checked by the caller with `outputs.check_output`.
         edit: the changes.
         progress: called with the number of bytes written since the last call.
 
     Raises:
-        GgufError: a shard is damaged, or the edit does not fit.
+        GgufError: the edit does not fit.
         OutputError: an output cannot be written; none of them is left behind half done.
     """
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(replace_when_done(outputs[0]))
         bake_gguf(shards[0], first, edit, progress)
         for shard, output in zip(shards[1:], outputs[1:], strict=True):
-            if output.exists() and output.samefile(shard):
+            if output.exists() and output.samefile(shard.path):
                 continue
             temporary = stack.enter_context(replace_when_done(output))
             try:
-                os.link(shard.resolve(), temporary)
+                os.link(shard.path.resolve(), temporary)
             except OSError:
-                shutil.copyfile(shard, temporary)
+                import shutil  # slow to import, hardly ever needed
+
+                shutil.copyfile(shard.path, temporary)
 
 
 def _names(prefix: str, beside: Path, count: int) -> tuple[Path, ...]:

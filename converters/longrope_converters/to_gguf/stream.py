@@ -35,13 +35,8 @@ from longrope_converters.to_gguf.files import (
 )
 from longrope_converters.to_gguf.plan import GgufPlan, PlannedTensor, SourceTensor
 from longrope_export.errors import ModelError
-from longrope_export.gguf_format import (
-    DEFAULT_ALIGNMENT,
-    TensorInfo,
-    build_header,
-    padding,
-    tensor_bytes,
-)
+from longrope_export.gguf_format import DEFAULT_ALIGNMENT, TensorInfo, build_header, padding
+from longrope_export.gguf_values import tensor_bytes
 
 # Elements read, encoded and written at once; a multiple of every block size. Twice as many cost
 # twice the kernel time in writes when this was measured (f16, ext4).
