@@ -1,18 +1,22 @@
 # make demo   the main job on a real model, from nothing
 # make test   all tests
+# make test-cpp   the C++ tests, also under sanitizers and on a second llama.cpp; minutes, cached
 # make lint   ruff, mypy, clang-format
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint format schema bench clean
+.PHONY: demo test test-cpp lint format schema bench clean
 
 demo: $(VENV)/.user
 	$(BIN)/longrope-export demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-cpp: $(VENV)/.dev
+	$(BIN)/python scripts/test_cpp.py $(TEST_CPP)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ function(longrope_copy_and_patch SOURCE DESTINATION PATCH_DIR)
     set(staging "${DESTINATION}.staging")
     file(REMOVE_RECURSE "${staging}")
     file(MAKE_DIRECTORY "${staging}")
-    foreach (entry CMakeLists.txt LICENSE cmake common ggml include licenses scripts src tools vendor)
+    foreach (entry CMakeLists.txt LICENSE cmake common ggml include licenses scripts src tests tools vendor)
         if (EXISTS "${SOURCE}/${entry}")
             file(COPY "${SOURCE}/${entry}" DESTINATION "${staging}"
                 PATTERN node_modules EXCLUDE
