@@ -97,6 +97,13 @@ def _llama_cpp(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
     }
 
 
+def _patched_llama_cpp(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
+    architecture = gguf_architecture(model)
+    if architecture in PATCHED_ARCHITECTURES:
+        return dict.fromkeys(FIELDS, YES)
+    return dict.fromkeys(FIELDS, Cell(Verdict.NO, f"refuses a {architecture or 'foreign'} file"))
+
+
 def _transformers(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
     phi = model.family.name.startswith("phi")
     stale = "" if phi else ", and generate() keeps stale keys when a sequence crosses it"
@@ -152,8 +159,15 @@ def _one_attention_factor(config: LongRopeConfig, instead: str) -> Cell:
     return Cell(Verdict.PARTLY, instead)
 
 
+# those that is_supported() in cpp_patch/src/llama-longrope.cpp lets pass
+PATCHED_ARCHITECTURES = frozenset(
+    {"llama", "minicpm", "granite", "granitemoe", "qwen2", "qwen2moe", "qwen3", "qwen3moe"}
+    | {"phi3", "phimoe", "gemma", "gemma2", "gemma3"}
+)
+
 RUNTIMES: dict[str, Callable[[LongRopeConfig, Model], dict[str, Cell]]] = {
     "llama.cpp": _llama_cpp,
+    "llama.cpp, patched": _patched_llama_cpp,
     "transformers": _transformers,
     "vLLM": _vllm,
     "SGLang": _sglang,

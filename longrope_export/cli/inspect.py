@@ -193,7 +193,7 @@ def print_honours(console: Console, config: LongRopeConfig, model: Model) -> Non
     from longrope_export.honours import FIELDS, Verdict, honours
 
     cells = honours(config, model)
-    table = Table(title="What each runtime honours today, unpatched", title_justify="left")
+    table = Table(title="What each runtime honours", title_justify="left")
     table.add_column("")
     styles = {Verdict.YES: "green", Verdict.PARTLY: "yellow", Verdict.NO: "red"}
     for runtime in cells:

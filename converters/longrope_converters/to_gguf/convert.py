@@ -312,10 +312,16 @@ def _notes(model: Model, config: LongRopeConfig | None, header: GgufHeader) -> t
         scaling = f"scaled by its own {LLAMA3_TENSOR} alone" if own else "unscaled"
         return (
             f"stock llama.cpp has no factors for architecture {header.architecture!r}: it runs "
-            f"this file as the base model, {scaling}; the keys are for a patched build",
+            f"this file as the base model, {scaling}; the keys are for the build of "
+            f"`longrope-export llama-cpp`" + _refused_by_patched(config, model),
         )
     cells = honours(config, model)["llama.cpp"]
     lost = [
         f"{name}: {cell.note}" for name, cell in cells.items() if cell.verdict is not Verdict.YES
     ]
     return tuple(f"stock llama.cpp, {line}" for line in lost)
+
+
+def _refused_by_patched(config: LongRopeConfig, model: Model) -> str:
+    cell = honours(config, model)["llama.cpp, patched"]["last_tier"]
+    return "" if cell.verdict is Verdict.YES else f", which so far {cell.note}"
