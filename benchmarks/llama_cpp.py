@@ -21,7 +21,7 @@ from rich.table import Table
 
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_export.demo.material import fetch_smollm2
-from longrope_export.ladder import make_config
+from longrope_export.ladder import MethodOptions, make_config
 from longrope_export.llama_cpp.binaries import require_binaries
 from longrope_export.llama_cpp.options import BuildOptions, cpp_folder
 from longrope_export.llama_cpp.source import fetch_source
@@ -68,10 +68,15 @@ def script(prompt: int, steps: int, context: int, batch: int = 512) -> list[str]
     return lines
 
 
-def bake(model: Path, output: Path, ladder: str | None, start_tokens: int = 0) -> Path:
+def bake(
+    model: Path, output: Path, ladder: str | None, start_tokens: int = 0, strength: float = 1.0
+) -> Path:
     """YaRN to 32768 tokens by a ladder of tiers."""
     source = load_model(model)
-    config = make_config(source, "yarn", 32768, ladder=ladder, num_start_tokens=start_tokens)
+    options = MethodOptions(attention_strength=strength)
+    config = make_config(
+        source, "yarn", 32768, ladder=ladder, options=options, num_start_tokens=start_tokens
+    )
     converter = GgufConverter(GgufOptions())
     converter.check(source, config)
     converter.convert(source, config, output, lambda count: None)

@@ -239,6 +239,17 @@ void llama_longrope_state::attach(llama_memory_i * memory) {
     }
 }
 
+bool llama_longrope_state::empty() const {
+    for (const auto * kv : caches) {
+        for (uint32_t strm = 0; strm < kv->get_n_stream(); ++strm) {
+            if (kv->get_cells(strm).get_used() > 0) {  // without a unified cache, stream s holds sequence s
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 void llama_longrope_state::set_length(llama_seq_id seq_id, uint32_t n_tokens) {
     for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
         if (seq_id < 0 || s == seq_id) {
@@ -436,15 +447,8 @@ uint32_t llama_model_longrope_n_tiers(const llama_model * model) {
 }
 
 bool llama_longrope_set_switch(llama_context * ctx, enum llama_longrope_switch rule) {
-    if (!ctx->longrope) {
+    if (!ctx->longrope || !ctx->longrope->empty()) {
         return false;
-    }
-    if (auto * memory = ctx->get_memory()) {
-        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-            if (memory->seq_pos_max(s) >= 0) {
-                return false;
-            }
-        }
     }
     ctx->longrope->rule = rule == LLAMA_LONGROPE_SWITCH_FILE ? ctx->longrope->model->rule : rule;
     return true;

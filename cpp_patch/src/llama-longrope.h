@@ -82,6 +82,9 @@ class llama_longrope_state {
     // the caches that hold rotated keys; set once, after the memory was created
     void attach(llama_memory_i * memory);
 
+    // true if nothing is cached
+    bool empty() const;
+
     // the sequence will have at least n_tokens (rule `sequence`); seq_id < 0: every sequence
     void set_length(llama_seq_id seq_id, uint32_t n_tokens);
 
