@@ -12,6 +12,7 @@ from enum import StrEnum
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.gguf_keys import has_stock_fields, stock_switch_length
 from longrope_export.models.model import Model, ModelKind
+from longrope_export.stock_rope import has_formula_attention_factor
 
 
 class Verdict(StrEnum):
@@ -115,15 +116,21 @@ def _transformers(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
 
 
 def _vllm(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
-    cells = _transformers(config, model)
-    once = "one set per process, by max_model_len"
-    differ = len({tier.attention_factor for tier in config.tiers}) > 2
+    once = "one set per process, by --max-model-len"
     return {
-        **cells,
+        **_transformers(config, model),
         "first_tier": Cell(Verdict.PARTLY, once),
         "last_tier": Cell(Verdict.PARTLY, once) if len(config.tiers) > 1 else YES,
         "switch": Cell(Verdict.NO, once),
-        "attention_factor": Cell(Verdict.PARTLY, "short and long only") if differ else YES,
+    }
+
+
+def _sglang(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
+    batch = "by the longest sequence of the running batch, and cached keys stay as they are"
+    return {
+        **_transformers(config, model),
+        "first_tier": Cell(Verdict.PARTLY, "while no request of the batch is longer"),
+        "switch": Cell(Verdict.NO, batch),
     }
 
 
@@ -133,7 +140,9 @@ def _mlx_lm(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
         **_transformers(config, model),
         "first_tier": Cell(Verdict.NO, "the long factors serve every length"),
         "switch": Cell(Verdict.NO, "never switches"),
-        "attention_factor": Cell(Verdict.PARTLY, formula),
+        "attention_factor": YES
+        if has_formula_attention_factor(config)
+        else Cell(Verdict.PARTLY, formula),
     }
 
 
@@ -147,5 +156,6 @@ RUNTIMES: dict[str, Callable[[LongRopeConfig, Model], dict[str, Cell]]] = {
     "llama.cpp": _llama_cpp,
     "transformers": _transformers,
     "vLLM": _vllm,
+    "SGLang": _sglang,
     "mlx-lm": _mlx_lm,
 }

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -59,30 +60,124 @@ def replace_when_done(output: Path) -> Iterator[Path]:
     temporary = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _fsync_file(temporary)
         temporary.replace(output)
         _fsync_folder(output.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(
-                f"cannot write {output}: {error.strerror}. Nothing was written under that name; "
-                f"free some space or choose another folder with -o"
-            ) from error
-        raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
+        raise _output_error(output, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_output_folder(output: Path, inputs: Iterable[Path], *, force: bool, marker: str) -> None:
+    """Refuse an output folder that holds an input, or that exists with something in it.
+
+    Args:
+        output: final name of the folder; an empty one may exist.
+        inputs: files and folders that are read.
+        force: allow a folder to be replaced, with all that is in it, if it holds `marker`.
+        marker: name of a file by which an earlier export is known; nothing else is ever removed.
+
+    Raises:
+        OutputError: with what to do about it. Nothing has been written yet.
+    """
+    if not output.parent.is_dir():
+        raise OutputError(
+            f"output folder {output.parent} does not exist: create it first "
+            f"(mkdir -p {output.parent})"
+        )
+    if not os.access(output.parent, os.W_OK):
+        raise OutputError(f"output folder {output.parent} is not writable: choose another with -o")
+    for source in inputs:
+        if source.resolve().is_relative_to(output.resolve()):
+            raise OutputError(
+                f"output {output} is or holds the input {source}: choose another name with -o"
+            )
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise OutputError(f"output {output} is a file: give the name of a folder")
+    if not any(output.iterdir()):
+        return
+    if not (output / marker).is_file():
+        raise OutputError(
+            f"output {output} is a folder with other files (no {marker} of an earlier export): "
+            f"give a new name with -o, or remove it yourself"
+        )
+    if not force:
+        raise OutputError(
+            f"output {output} exists: use --force to replace it, or another name with -o"
+        )
+
+
+@contextlib.contextmanager
+def replace_folder_when_done(output: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `output`; on success sync its files and rename it.
+
+    An existing folder is replaced whole. Whatever goes wrong inside the block, the temporary folder
+    is removed and `output` stays as it was; after kill -9 it can be left over, named as in
+    replace_when_done. Files that are hard links of others are not synced: they were on disk before.
+
+    Raises:
+        OutputError: when the disk is full or the parent folder refuses.
+    """
+    output = output.resolve()
+    temporary = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            if path.is_dir():
+                _fsync_folder(path)
+            elif path.stat().st_nlink == 1:
+                _fsync_file(path)
+        _swap_folders(temporary, output)
+        _fsync_folder(output.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _output_error(output, error) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _swap_folders(new: Path, output: Path) -> None:
+    if not output.is_dir() or not any(output.iterdir()):
+        new.rename(output)  # takes the place of an empty folder too
+        return
+    old = new.with_suffix(".old.partial")
+    output.rename(old)
+    try:
+        new.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old)
 
 
 def write_text(output: Path, text: str) -> None:
     """Write `text` (UTF-8) under the final name only when it is complete on disk."""
     with replace_when_done(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _output_error(output: Path, error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(
+            f"cannot write {output}: {error.strerror}. Nothing was written under that name; "
+            f"free some space or choose another folder with -o"
+        )
+    return OutputError(f"cannot write {output}: {error.strerror or error}")
+
+
+def _fsync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -87,12 +87,17 @@ def test_hf_config_in_every_spelling(
     check_two_tiers(read_factors(folder, model), expected)
 
 
-def test_original_length_at_the_top_level_wins(hf_config: WriteConfig) -> None:
+def test_two_original_lengths_are_refused(hf_config: WriteConfig) -> None:
+    """transformers takes the one at the top level, vLLM and mlx-lm the one inside."""
     block = longrope_block(original_max_position_embeddings=512)
     folder = hf_config(
         max_position_embeddings=4096, original_max_position_embeddings=256, rope_scaling=block
     )
-    assert read_factors(folder).tiers[0].max_length == 256
+    with pytest.raises(
+        FactorFileError,
+        match="original_max_position_embeddings is 256 in the top level and 512 in rope_scaling",
+    ):
+        read_factors(folder)
 
 
 def test_explicit_attention_factor_and_mscales(hf_config: WriteConfig) -> None:

@@ -297,11 +297,10 @@ bool llama_longrope_state::read_tier(uint32_t & n_seq_id, llama_pos pos, uint32_
     n_seq_id &= 0xFFFF;
     tier = saved == 0 ? 0 : saved - 1;
 
-    if (saved == 0 && pos >= (llama_pos) model->tiers[0].length) {
-        LLAMA_LOG_ERROR(
-            "%s: the state was saved without longrope and is longer than the first tier: "
-            "process the prompt again\n",
-            __func__);
+    const auto & first = model->tiers[0];
+    if (saved == 0 && (!first.plain || first.attn_factor != 1.0f || pos >= (llama_pos) first.length)) {
+        LLAMA_LOG_ERROR("%s: the state was saved without longrope, under another rotation: process the prompt again\n",
+                        __func__);
         return false;
     }
     if (tier >= model->tiers.size()) {
@@ -414,9 +413,16 @@ bool llama_longrope_cut::accepts(int32_t n_seq_id, const llama_seq_id * seq_ids,
     }
     for (int32_t i = 0; i < n_seq_id; ++i) {
         const uint32_t tier = state->tier_for(seq_ids[i], pos);
-        if (tiers.emplace(seq_ids[i], tier).first->second != tier) {
+
+        const auto it = tier_of_seq.find(seq_ids[i]);
+        if (it != tier_of_seq.end() ? it->second != tier : tiers.size() >= MAX_TIERS && tiers.count(tier) == 0) {
             return false;
         }
+    }
+    for (int32_t i = 0; i < n_seq_id; ++i) {
+        const uint32_t tier = state->tier_for(seq_ids[i], pos);
+        tier_of_seq.emplace(seq_ids[i], tier);
+        tiers.insert(tier);
     }
     return true;
 }

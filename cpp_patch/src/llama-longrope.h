@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -125,7 +126,8 @@ class llama_longrope_state {
     bool warned_length = false;
 };
 
-// refuses the token with which a ubatch would hold two tiers of one sequence
+// refuses the token with which a ubatch would hold two tiers of one sequence, or more tiers than its
+// graph has room for
 class llama_longrope_cut {
   public:
     explicit llama_longrope_cut(const llama_longrope_state * state) : state(state) {}
@@ -133,6 +135,9 @@ class llama_longrope_cut {
     bool accepts(int32_t n_seq_id, const llama_seq_id * seq_ids, llama_pos pos);
 
   private:
+    static constexpr size_t MAX_TIERS = 4;
+
     const llama_longrope_state *     state;
-    std::map<llama_seq_id, uint32_t> tiers;
+    std::map<llama_seq_id, uint32_t> tier_of_seq;
+    std::set<uint32_t>               tiers;
 };

@@ -153,7 +153,10 @@ def rope_block(values: Mapping[str, Any]) -> dict[str, Any]:
     rope_scaling wins where both stand, as in transformers 5. Of a block nested per layer type the
     full-attention part counts: the sliding-window layers are never rescaled.
     """
-    block = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    return _flat_block(values.get("rope_scaling") or values.get("rope_parameters") or {})
+
+
+def _flat_block(block: Any) -> dict[str, Any]:
     if not isinstance(block, dict):
         raise ModelError(
             f"rope_scaling / rope_parameters must be an object, got {type(block).__name__}"
@@ -162,9 +165,33 @@ def rope_block(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(nested) if isinstance(nested, dict) else dict(block)
 
 
+def _refuse_conflicts(values: Mapping[str, Any]) -> None:
+    """RoPE settings may stand in three places; each runtime reads another one of them."""
+    top_level = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    places: dict[str, dict[str, Any]] = {
+        "the top level": {name: values[name] for name in top_level if name in values}
+    }
+    for name in ("rope_scaling", "rope_parameters"):
+        block = _flat_block(values.get(name) or {})
+        if block:
+            kind = str(block.get("rope_type") or block.pop("type", None) or "default").lower()
+            places[name] = {**block, "rope_type": _LEGACY_TYPES.get(kind, kind)}
+    seen: dict[str, tuple[str, Any]] = {}
+    for place, settings in places.items():
+        for key, value in settings.items():
+            other, expected = seen.setdefault(key, (place, value))
+            if value is not None and expected is not None and value != expected:
+                raise ModelError(
+                    f"conflicting rope settings: {key} is {expected!r:.60} in {other} and "
+                    f"{value!r:.60} in {place}; runtimes differ in which one they read: make them "
+                    f"equal or remove one"
+                )
+
+
 def _read_rope(config: HfConfig) -> HfRope:
     try:
         block = rope_block(config.values)
+        _refuse_conflicts(config.values)
     except ModelError as error:
         raise ModelError(f"{config.path}: {error}") from error
     rope_type = str(block.get("rope_type") or block.get("type") or "default").lower()

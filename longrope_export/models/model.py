@@ -33,6 +33,7 @@ class Model:
         native: the model's own RoPE; its last tier is what extensions build upon.
         fingerprint: hash of the settings and of the sizes of the weight files, hex; the weights
             themselves are not read.
+        has_longrope: the settings name LongRoPE factors in stock's spelling, to be carried over.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Model:
     head_dim: int
     native: LongRopeConfig
     fingerprint: str
+    has_longrope: bool = False
 
     @property
     def window(self) -> int:
@@ -142,6 +144,7 @@ def _from_hf(config: HfConfig) -> Model:
         head_dim=config.head_dim,
         native=native_of_hf(config),
         fingerprint=digest.hexdigest(),
+        has_longrope=config.rope.rope_type == "longrope",
     )
 
 
@@ -158,6 +161,7 @@ def _from_gguf(header: GgufHeader) -> Model:
         digest = hashlib.sha256(file.read(header.data_start_bytes))
     digest.update(str(header.file_bytes).encode())
     heads = count("attention.head_count")
+    native = native_of_gguf(header)
     return Model(
         path=header.path,
         kind=ModelKind.GGUF,
@@ -167,6 +171,7 @@ def _from_gguf(header: GgufHeader) -> Model:
         num_heads=heads,
         num_key_value_heads=count("attention.head_count_kv", heads),
         head_dim=gguf_head_dim(header),
-        native=native_of_gguf(header),
+        native=native,
         fingerprint=digest.hexdigest(),
+        has_longrope=native.provenance.get("method") == "model (longrope)",
     )

@@ -15,15 +15,22 @@ import numpy as np
 
 from longrope_export import methods
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
+from longrope_export.definition import from_json
 from longrope_export.errors import ConfigError, GgufError, ModelError
 from longrope_export.gguf_format import GgufHeader
 from longrope_export.gguf_keys import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR, decode_config
-from longrope_export.models.hf_config import HfConfig
+from longrope_export.models.hf_config import HfConfig, read_json_object
 from longrope_export.rope import (
     FloatArray,
     compute_inv_freq,
     longrope_attention_factor,
     yarn_attention_factor,
+)
+from longrope_export.stock_rope import (
+    DEFINITION_FILE,
+    DEFINITION_KEY,
+    first_difference,
+    stock_config,
 )
 
 GGML_TYPE_F32 = 0
@@ -37,11 +44,44 @@ _MALFORMED = (TypeError, ValueError, OverflowError, ZeroDivisionError)
 def native_of_hf(config: HfConfig) -> LongRopeConfig:
     """The RoPE that config.json declares, as transformers 5 computes it.
 
-    "dynamic" becomes a ladder, since its base moves with the length.
+    "dynamic" becomes a ladder, since its base moves with the length. A folder that we exported
+    holds the whole config beside what stock code reads (longrope.json): that is the one returned.
 
     Raises:
-        ModelError: a rope type that is not known here, or values that do not fit.
+        ModelError: a rope type that is not known here, values that do not fit, or a longrope.json
+            that contradicts config.json.
     """
+    declared = _declared_by_hf(config)
+    definition = _read_definition(config)
+    if definition is None:
+        return declared
+    difference = first_difference(stock_config(definition), declared)
+    if difference is not None:
+        raise ModelError(
+            f"{config.path}: contradicts {DEFINITION_FILE} beside it: {difference}. If config.json "
+            f"was changed on purpose, remove {DEFINITION_FILE} and the key {DEFINITION_KEY!r}; "
+            f"else export the folder again"
+        )
+    return definition
+
+
+def _read_definition(config: HfConfig) -> LongRopeConfig | None:
+    """longrope.json, or the same under a key of config.json; None without either."""
+    path, inside = config.folder / DEFINITION_FILE, config.values.get(DEFINITION_KEY)
+    found = []
+    if path.is_file():
+        found.append(from_json(read_json_object(path), str(path)))
+    if isinstance(inside, dict):
+        found.append(from_json(inside, f"{config.path}: {DEFINITION_KEY}"))
+    if len(found) == 2 and found[0] != found[1]:
+        raise ModelError(
+            f"{config.path}: its key {DEFINITION_KEY!r} and {DEFINITION_FILE} hold different "
+            f"factors: remove the stale one, or export the folder again"
+        )
+    return found[0] if found else None
+
+
+def _declared_by_hf(config: HfConfig) -> LongRopeConfig:
     rope = config.rope
     if not 0 < rope.partial_rotary_factor <= 1:
         raise ModelError(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import pytest
+from longrope_driver import Driver
 
 from longrope_export.llama_cpp.binaries import require_binaries
 from longrope_export.llama_cpp.options import BuildOptions, cpp_folder
@@ -23,38 +20,6 @@ STOCK = BuildOptions(patched=False)
 def programs() -> Path:
     """Folder of the stock programs of the pinned llama.cpp."""
     return require_binaries(PROGRAMS, STOCK, build=True)
-
-
-@dataclass
-class Driver:
-    """cpp_patch/tests/longrope-driver.cpp, which runs a model by a script."""
-
-    program: Path
-    libraries: dict[bool, Path]  # patched or not -> folder of the shared libraries
-    scratch: Path
-
-    def run(
-        self, model: Path, script: Iterable[str], *, patched: bool = True
-    ) -> tuple[npt.NDArray[np.float32], str]:
-        """What the script wrote, flat, and what it printed.
-
-        Raises:
-            AssertionError: the driver failed; holds what it said.
-        """
-        output = self.scratch / "logits.bin"
-        result = subprocess.run(
-            [self.program, model, output],
-            input="\n".join(script) + "\n",
-            env={"LD_LIBRARY_PATH": str(self.libraries[patched])},
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr[-2000:]
-        return np.fromfile(output, np.float32), result.stdout
-
-
-def add(sequence: int | str, position: int, tokens: Iterable[int]) -> str:
-    return f"add {sequence} {position} {' '.join(map(str, tokens))}"
 
 
 @pytest.fixture(scope="session")

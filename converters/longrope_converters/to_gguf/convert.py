@@ -129,7 +129,7 @@ class GgufConverter:
         """
         self.check(model, config)
         shards = _shards(model)
-        if config is None and model.native.provenance.get("method") == "model (longrope)":
+        if config is None and model.has_longrope:
             config = model.native
         if self.options.in_place:
             bake_in_place(shards[0], edit_for(shards, config))

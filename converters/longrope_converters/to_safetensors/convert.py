@@ -1,0 +1,327 @@
+"""The safetensors exporter: a Hugging Face folder that every engine loads.
+
+- from a folder: settings are rewritten, weights copied or hard-linked, the rest carried along;
+- from a GGUF: weights are dequantized, settings and tokenizer made from its keys.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longrope_converters.base import ExportReport, Progress
+from longrope_converters.to_safetensors.hf_folder import (
+    SourceFolder,
+    copy_other_files,
+    copy_weights,
+    our_code_files,
+    read_source_folder,
+)
+from longrope_export.config import LongRopeConfig
+from longrope_export.definition import dump_factors, to_json
+from longrope_export.errors import UnsupportedError
+from longrope_export.honours import Verdict, honours
+from longrope_export.models.hf_config import read_hf_config
+from longrope_export.models.model import Model, ModelKind
+from longrope_export.outputs import check_output_folder, replace_folder_when_done
+from longrope_export.stock_rope import (
+    DEFINITION_FILE,
+    DEFINITION_KEY,
+    has_formula_attention_factor,
+    stock_config,
+    write_stock_rope,
+)
+
+DTYPES = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class SafetensorsOptions:
+    """How the folder is written.
+
+    Attributes:
+        remote_code: ship a modelling file that computes the whole config (used only by those who
+            load with trust_remote_code=True).
+        approximate: write the nearest stock config where stock code cannot compute the whole one.
+        link: hard-link the weights of a folder instead of copying them.
+        dtype: of the weights made from a GGUF; None for the file's own, or bf16 if quantized.
+        max_shard_bytes: largest file of weights made from a GGUF.
+        threads: worker threads for a GGUF, None for the number of CPUs up to 8.
+        force: replace an earlier export.
+    """
+
+    remote_code: bool = False
+    approximate: bool = False
+    link: bool = False
+    dtype: str | None = None
+    max_shard_bytes: int = 5_000_000_000
+    threads: int | None = None
+    force: bool = False
+
+
+class SafetensorsConverter:
+    """Converter to a folder. `check` touches nothing; `convert` writes the folder whole or not."""
+
+    def __init__(self, options: SafetensorsOptions | None = None) -> None:
+        self.options = options or SafetensorsOptions()
+
+    def check(self, model: Model, config: LongRopeConfig | None) -> None:
+        """Refuse what cannot be written.
+
+        Raises:
+            UnsupportedError: options that contradict each other or the source, a family that is not
+                known here, or a config that stock code cannot compute while neither remote_code
+                nor approximate is set.
+        """
+        options = self.options
+        if options.remote_code and options.approximate:
+            raise UnsupportedError(
+                "--remote-code ships the whole config, --approximate drops a part of it: give one"
+            )
+        if model.kind is ModelKind.HF:
+            if options.dtype is not None:
+                raise UnsupportedError(
+                    "--dtype is for a GGUF source: the weights of a folder stay byte for byte"
+                )
+        elif options.link:
+            raise UnsupportedError("--link is for folders: the weights of a GGUF are rewritten")
+        definition = self._definition(model, config)
+        if definition is None:
+            return
+        if not model.family.hf_architectures or not model.family.gguf_architectures:
+            raise UnsupportedError(
+                f"{model.path}: it is not known here whether {model.architecture!r} in "
+                f"transformers applies longrope factors"
+            )
+        if options.remote_code:
+            _modeling_source(_architecture(model))
+        lost = stock_losses(definition, model)
+        if lost and not options.remote_code and not options.approximate:
+            fields = "\n".join(f"  {name}: {note}" for name, note in lost.items())
+            raise UnsupportedError(
+                f"stock transformers cannot compute all of this config:\n{fields}\nChoose "
+                f"--remote-code (a modelling file in the folder computes it, for those who load "
+                f"with trust_remote_code=True) or --approximate (the nearest stock config)"
+            )
+
+    def convert(
+        self, model: Model, config: LongRopeConfig | None, output: Path, progress: Progress
+    ) -> ExportReport:
+        """Write the folder.
+
+        Args:
+            config: factors, or None to carry over what the source itself declares.
+            output: final name of the folder.
+
+        Raises:
+            LongRopeError: see check; or the source is damaged, or the output cannot be written.
+        """
+        self.check(model, config)
+        check_output_folder(output, [model.path], force=self.options.force, marker=DEFINITION_FILE)
+        definition = self._definition(model, config)
+        if model.kind is ModelKind.GGUF:
+            return self._convert_gguf(model, definition, output, progress)
+        source = read_source_folder(model.path)
+        partial = read_hf_config(model.path).rope.partial_rotary_factor
+        with replace_folder_when_done(output) as folder:
+            self._write_settings(folder, source.values, partial, definition, model)
+            copy_other_files(source, folder)
+            text = _definition_text(definition)
+            copy_weights(source, folder, text, link=self.options.link, progress=progress)
+        route = "linked" if self.options.link else "copied"
+        return self._report(model, definition, output, route, _source_notes(source))
+
+    def _convert_gguf(
+        self, model: Model, definition: LongRopeConfig | None, output: Path, progress: Progress
+    ) -> ExportReport:
+        # a folder as source needs neither the gguf package's kernels nor tokenizers
+        from longrope_converters.to_safetensors.dequantize import own_dtype, write_weights
+        from longrope_converters.to_safetensors.gguf_folder import all_settings, write_tokenizer
+        from longrope_converters.to_safetensors.gguf_settings import read_gguf_model
+
+        source = read_gguf_model(model)
+        dtype = self.options.dtype or own_dtype(source.tensors)
+        partial = model.native.rotary_dim / model.head_dim
+        with replace_folder_when_done(output) as folder:
+            values = all_settings(source, model, dtype)
+            self._write_settings(folder, values, partial, definition, model)
+            notes = write_tokenizer(source.header, folder, model.window)
+            write_weights(
+                source.tensors,
+                folder,
+                dtype,
+                definition=_definition_text(definition),
+                max_shard_bytes=self.options.max_shard_bytes,
+                threads=self.options.threads,
+                progress=progress,
+            )
+        return self._report(model, definition, output, f"dequantized to {dtype}", notes)
+
+    def dry_run(self, model: Model, config: LongRopeConfig | None) -> None:
+        """Everything of convert but the writing.
+
+        Raises:
+            LongRopeError: what convert would raise before it writes.
+        """
+        self.check(model, config)
+        self.output_bytes(model)
+
+    def output_bytes(self, model: Model) -> int:
+        """Bytes that convert will report to its progress callback, about; checks the source.
+
+        Raises:
+            LongRopeError: weights or settings that are missing, damaged or not known here.
+        """
+        if model.kind is ModelKind.HF:
+            return read_source_folder(model.path).num_bytes
+        from longrope_converters.to_safetensors.dequantize import own_dtype
+        from longrope_converters.to_safetensors.gguf_settings import read_gguf_model
+
+        tensors = read_gguf_model(model).tensors
+        item_bytes = 4 if (self.options.dtype or own_dtype(tensors)) == "f32" else 2
+        return item_bytes * sum(math.prod(tensor.shape) for tensor in tensors)
+
+    def _definition(self, model: Model, config: LongRopeConfig | None) -> LongRopeConfig | None:
+        """The config to be written, or None where the source is plain and stays so."""
+        if config is not None:
+            return config
+        if model.kind is ModelKind.HF and not model.has_longrope:
+            raise UnsupportedError(
+                f"{model.path}: nothing to do for a folder without longrope factors: give "
+                f"--factors or --tier"
+            )
+        tiers = model.native.tiers
+        return None if len(tiers) == 1 and tiers[0].is_plain else model.native
+
+    def _write_settings(
+        self,
+        folder: Path,
+        values: Mapping[str, Any],
+        partial_rotary_factor: float,
+        definition: LongRopeConfig | None,
+        model: Model,
+    ) -> None:
+        """config.json, longrope.json, and the modelling file if asked for."""
+        settings = {key: value for key, value in values.items() if key != DEFINITION_KEY}
+        if our_code_files(values):
+            del settings["auto_map"]
+        text = json.dumps(settings, indent=2)
+        if definition is not None:
+            settings = write_stock_rope(
+                settings, definition, model.family, model.head_dim, partial_rotary_factor
+            )
+            if self.options.remote_code:
+                settings["auto_map"] = _write_code(folder, _architecture(model))
+            # the whole config on one line: a ladder has thousands of numbers
+            whole = json.dumps(to_json(definition))
+            text = json.dumps(settings, indent=2)[:-2] + f',\n  "{DEFINITION_KEY}": {whole}\n}}'
+        # of a plain model too: by this file --force knows a folder of ours
+        full = dump_factors(definition or model.native)
+        (folder / DEFINITION_FILE).write_text(full, encoding="utf-8")
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _report(
+        self,
+        model: Model,
+        definition: LongRopeConfig | None,
+        output: Path,
+        route: str,
+        notes: tuple[str, ...],
+    ) -> ExportReport:
+        if definition is not None:
+            notes = (*self._rope_notes(model, definition), *notes)
+        return ExportReport(
+            output=output,
+            source=model.path,
+            format="safetensors",
+            route=route,
+            num_bytes=sum(file.stat().st_size for file in output.rglob("*") if file.is_file()),
+            config=definition,
+            notes=notes,
+            honours={} if definition is None else honours(definition, model),
+        )
+
+    def _rope_notes(self, model: Model, config: LongRopeConfig) -> tuple[str, ...]:
+        """What a user has to know before serving the folder."""
+        what = "without trust_remote_code" if self.options.remote_code else "dropped"
+        notes = [f"{what}: {name}: {note}" for name, note in stock_losses(config, model).items()]
+        stock = stock_config(config)
+        border = stock.original_max_position_embeddings
+        if len(stock.tiers) > 1:
+            notes.append(
+                f"transformers takes the long factors for sequences of more than {border} tokens; "
+                f"vLLM and mlx-lm take one set per process (docs/safetensors.md)"
+            )
+        notes.append(
+            f"vLLM serves {border} tokens unless started with "
+            f"--max-model-len {stock.max_position_embeddings}"
+        )
+        if not has_formula_attention_factor(config):
+            notes.append(
+                f"mlx-lm and ExLlama recompute the attention factor and do not use "
+                f"{stock.tiers[-1].attention_factor:.5g}"
+            )
+            if model.family.name == "phi3":
+                notes.append(
+                    "transformers 4 refuses a phi3 config with an attention factor of its own"
+                )
+        return tuple(notes)
+
+
+def stock_losses(config: LongRopeConfig, model: Model) -> dict[str, str]:
+    """Fields of the config that stock transformers does not compute -> what it does instead.
+
+    A switch by sequence length is computed, though not by generate() with a cache (see honours).
+    """
+    lost = {
+        name: cell.note
+        for name, cell in honours(config, model)["transformers"].items()
+        if cell.verdict is Verdict.NO or (cell.verdict is Verdict.PARTLY and name != "switch")
+    }
+    if model.family.global_layers_only and config.layers != model.native.layers:
+        lost["layers"] = "the layers with full attention are rescaled, and only those"
+    return lost
+
+
+def _definition_text(definition: LongRopeConfig | None) -> str:
+    return "" if definition is None else json.dumps(to_json(definition))
+
+
+def _architecture(model: Model) -> str:
+    """The class in transformers; a GGUF names its own architecture instead."""
+    return model.architecture if model.kind is ModelKind.HF else model.family.hf_architectures[0]
+
+
+def _modeling_source(architecture: str) -> tuple[str, str, str]:
+    """File name, class name, text.
+
+    Raises:
+        UnsupportedError: no modelling file is known for this architecture.
+    """
+    from longrope_export.hf_runtime.remote_code import modeling_source
+
+    source: tuple[str, str, str] = modeling_source(architecture)
+    return source
+
+
+def _write_code(folder: Path, architecture: str) -> dict[str, str]:
+    """The modelling file, and its entry in auto_map."""
+    file_name, class_name, text = _modeling_source(architecture)
+    (folder / file_name).write_text(text, encoding="utf-8")
+    return {"AutoModelForCausalLM": f"{file_name.removesuffix('.py')}.{class_name}"}
+
+
+def _source_notes(source: SourceFolder) -> tuple[str, ...]:
+    notes = []
+    if source.left:
+        notes.append(f"left behind: {', '.join(source.left)}")
+    if source.values.get("auto_map") and not our_code_files(source.values):
+        notes.append(
+            "the source's own modelling code is carried along and used with trust_remote_code=True "
+            "only; whether it reads these factors is up to it"
+        )
+    return tuple(notes)

@@ -1,0 +1,111 @@
+"""From one Hugging Face folder to another: settings changed, everything else carried along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longrope_converters.to_gguf.checkpoint import INDEX_NAME, read_checkpoint
+from longrope_converters.to_safetensors.weights import (
+    Progress,
+    copy_file,
+    copy_with_definition,
+    link_file,
+)
+from longrope_export.models.hf_config import read_json_object
+from longrope_export.stock_rope import DEFINITION_FILE, DEFINITION_KEY
+
+# weights in other forms, and their indexes: the safetensors files are the model
+_OTHER_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".onnx_data"),
+    *(".msgpack", ".h5", ".ot", ".tflite", ".npz"),
+)
+_CARRIED_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True)
+class SourceFolder:
+    """What a model folder holds.
+
+    Attributes:
+        values: config.json as it stands.
+        shards: the safetensors files, by name.
+        carried: other files to take along, relative to the folder.
+        left: what is not taken along, relative to the folder.
+    """
+
+    folder: Path
+    values: Mapping[str, Any]
+    shards: tuple[Path, ...]
+    carried: tuple[Path, ...]
+    left: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.stat().st_size for shard in self.shards)
+
+
+def read_source_folder(folder: Path) -> SourceFolder:
+    """List and check a folder; only headers are read.
+
+    Raises:
+        ModelError: no safetensors weights, a missing or damaged shard, an index that disagrees.
+    """
+    values = read_json_object(folder / "config.json")
+    shards = tuple(sorted({tensor.path for tensor in read_checkpoint(folder).values()}))
+    rewritten = {"config.json", DEFINITION_FILE, *our_code_files(values)}
+    carried: list[Path] = []
+    left: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if path in shards or path.name in rewritten or path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if path.name in _CARRIED_FOLDERS:
+                inside = [file for file in sorted(path.iterdir()) if file.is_file()]
+                carried += [file.relative_to(folder) for file in inside]
+            else:
+                left.append(f"{path.name}/")
+        elif _is_other_weight(path.name) or not path.is_file():
+            left.append(path.name)
+        else:
+            carried.append(path.relative_to(folder))
+    return SourceFolder(folder, values, shards, tuple(carried), tuple(left))
+
+
+def our_code_files(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modelling files that an earlier export of ours wrote and named in config.json."""
+    auto_map = values.get("auto_map")
+    if DEFINITION_KEY not in values or not isinstance(auto_map, Mapping):
+        return ()
+    names = (str(entry).rpartition(".")[0] for entry in auto_map.values())
+    return tuple(f"{name}.py" for name in names if name)
+
+
+def copy_weights(
+    source: SourceFolder, output: Path, definition: str, *, link: bool, progress: Progress
+) -> None:
+    """Bring the shards into `output`; the definition goes into the first one unless linked."""
+    for number, shard in enumerate(source.shards):
+        target = output / shard.name
+        if link:
+            link_file(shard, target)
+            progress(shard.stat().st_size)
+        elif number == 0:
+            copy_with_definition(shard, target, definition, progress)
+        else:
+            copy_file(shard, target, progress)
+
+
+def copy_other_files(source: SourceFolder, output: Path) -> None:
+    """Tokenizer, templates, generation config, index, code: whatever is small."""
+    for name in source.carried:
+        (output / name).parent.mkdir(exist_ok=True)
+        copy_file(source.folder / name, output / name, lambda _: None)
+
+
+def _is_other_weight(name: str) -> bool:
+    if name.endswith(".index.json"):
+        return name != INDEX_NAME
+    return any(name.endswith(suffix) for suffix in _OTHER_WEIGHTS)
