@@ -41,7 +41,13 @@ OTHER = (
 # CMake options of each step, beside those of every build
 STEPS = {
     "pinned": ("-DLONGROPE_UPSTREAM_TESTS=ON", "-DLONGROPE_SANITIZED_TESTS=ON"),
-    "other": ("-DLLAMA_BUILD_COMMON=OFF",),
+    # quick to compile, with all assertions
+    "other": (
+        "-DLLAMA_BUILD_COMMON=OFF",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_C_FLAGS_DEBUG=-O0",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
+    ),
 }
 
 
