@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from longrope_export.errors import LongRopeError
 from longrope_export.llama_cpp.cache import cache_folder, locked
 from longrope_export.llama_cpp.options import BuildOptions, cmake_options
 from longrope_export.llama_cpp.source import fetch_source, unpack
@@ -107,11 +108,17 @@ def run_step(name: str, folder: Path, jobs: int, lock: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("steps", nargs="*", choices=[*STEPS, []], metavar="STEP")
+    parser.add_argument(
+        "steps", nargs="*", metavar="STEP", help=f"{' or '.join(STEPS)}; all if none"
+    )
     parser.add_argument("--if-changed", action="store_true", help="only if not passed before")
     parser.add_argument("-j", "--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     steps = arguments.steps or list(STEPS)
+    if unknown := set(steps) - set(STEPS):
+        parser.error(f"no such step: {', '.join(sorted(unknown))}")
+    # cmake, ctest and ninja of pip lie beside this Python
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
 
     folder = cache_folder() / "cpp-tests"
     stamp = folder / "passed"
@@ -127,8 +134,8 @@ def main() -> int:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             try:
                 run_step(name, folder, arguments.jobs, lock)
-            except subprocess.CalledProcessError as error:
-                print(f"C++ tests: {name} failed (exit {error.returncode})", file=sys.stderr)
+            except (subprocess.CalledProcessError, LongRopeError) as error:
+                print(f"C++ tests: {name} failed: {error}", file=sys.stderr)
                 return 1
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
