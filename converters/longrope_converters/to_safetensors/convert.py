@@ -129,11 +129,13 @@ class SafetensorsConverter:
         partial = read_hf_config(model.path).rope.partial_rotary_factor
         with replace_folder_when_done(output) as folder:
             self._write_settings(folder, source.values, partial, definition, model)
-            copy_other_files(source, folder)
+            target = (definition or model.native).max_position_embeddings
+            notes = copy_other_files(source, folder, target)
             text = _definition_text(definition)
             copy_weights(source, folder, text, link=self.options.link, progress=progress)
         route = "linked" if self.options.link else "copied"
-        return self._report(model, definition, output, route, _source_notes(source))
+        notes = (*notes, *_source_notes(source))
+        return self._report(model, definition, output, route, notes)
 
     def _convert_gguf(
         self, model: Model, definition: LongRopeConfig | None, output: Path, progress: Progress
@@ -149,7 +151,8 @@ class SafetensorsConverter:
         with replace_folder_when_done(output) as folder:
             values = all_settings(source, model, dtype)
             self._write_settings(folder, values, partial, definition, model)
-            notes = write_tokenizer(source.header, folder, model.window)
+            target = (definition or model.native).max_position_embeddings
+            notes = write_tokenizer(source.header, folder, target)
             write_weights(
                 source.tensors,
                 folder,
