@@ -432,6 +432,7 @@ def test_links_do_not_cross_file_systems(folder: Path, small_disk: Path) -> None
     ("options", "message"),
     [
         ({"dtype": "f16"}, "--dtype is for a GGUF source"),
+        ({"threads": 2}, "--threads and --max-shard-size are for a GGUF source"),
         ({"remote_code": True, "approximate": True}, "give one"),
     ],
 )
