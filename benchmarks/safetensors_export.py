@@ -31,7 +31,16 @@ def prepare(folder: Path, size: float, smollm2: Path) -> None:
         script = Path(__file__).with_name("synthetic_llama.py")
         words = (str(checkpoint), str(smollm2), "--size", str(size))
         subprocess.run((sys.executable, str(script), *words), check=True)
-    factors = ("factors", "yarn", checkpoint, "--target-length", 32768, "-o", folder / "f.json")
+    factors = (
+        "factors",
+        "yarn",
+        checkpoint,
+        "--target-length",
+        32768,
+        "-f",
+        "-o",
+        folder / "f.json",
+    )
     subprocess.run(ours(*factors), check=True)
     if not (folder / "q8_0.gguf").is_file():
         words = ("gguf", checkpoint, "--outtype", "q8_0", "-o", folder / "q8_0.gguf")

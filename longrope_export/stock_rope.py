@@ -32,6 +32,8 @@ DEFINITION_KEY = "longrope"  # the same in config.json and in the metadata of a 
 
 _TOLERANCE = 1e-5  # factors that went through float32
 _LOCAL_THETA = 10000.0  # of gemma3's sliding-window layers
+# other names of the longest sequence; engines take the smallest, or the first that they find
+_LENGTH_KEYS = ("model_max_length", "max_sequence_length", "max_seq_len", "seq_length")
 
 
 def stock_config(config: LongRopeConfig) -> LongRopeConfig:
@@ -130,6 +132,9 @@ def write_stock_rope(
         "rope_scaling": {kind: "longrope", **factors, **({} if three_keys else numbers)},
         "rope_parameters": parameters,
     }
+    for key in _LENGTH_KEYS:
+        if isinstance(values.get(key), int) and values[key] < stock.max_position_embeddings:
+            changes[key] = stock.max_position_embeddings
     if family.global_layers_only:  # no flat rope_parameters: transformers 5 would ignore it
         local = _local_parameters(values)
         changes["rope_parameters"] = {"full_attention": parameters, "sliding_attention": local}

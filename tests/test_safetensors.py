@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from longrope_rotary import reference_logits
 from safetensors import safe_open
 from tiny_models import add_bpe_tokenizer, edit_json, make_model
@@ -213,6 +214,31 @@ def test_config_json_has_every_spelling(folder: Path, tmp_path: Path) -> None:
     assert "auto_map" not in values
 
 
+def test_every_stated_length_is_the_target(folder: Path, tmp_path: Path) -> None:
+    """vLLM refuses a --max-model-len above the tokenizer's, ExLlamaV2 takes the first it finds."""
+    edit_json(folder / "tokenizer_config.json", model_max_length=40)
+    edit_json(folder / "config.json", model_max_length=40, max_seq_len=4096)
+    report = export(folder, two_tiers(folder), tmp_path / "out")
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer == {
+        **json.loads((folder / "tokenizer_config.json").read_text()),
+        "model_max_length": TARGET,
+    }
+    assert any("model_max_length is 64 now, and was 40" in note for note in report["notes"])
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (values["model_max_length"], values["max_seq_len"]) == (TARGET, 4096)
+
+
+def test_saving_with_transformers_keeps_the_definition(folder: Path, tmp_path: Path) -> None:
+    """After fine-tuning, say: save_pretrained writes rope_parameters alone, and the key."""
+    ladder = beyond_stock(folder)["middle_tiers"]
+    export(folder, ladder, tmp_path / "out", approximate=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "longrope.json").exists()
+    assert load_model(tmp_path / "saved").native == ladder
+
+
 def test_gemma3_inside_a_multimodal_config(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "gemma3", dtype="float32")
     path = folder / "config.json"
@@ -406,6 +432,7 @@ def test_links_do_not_cross_file_systems(folder: Path, small_disk: Path) -> None
     ("options", "message"),
     [
         ({"dtype": "f16"}, "--dtype is for a GGUF source"),
+        ({"threads": 2}, "--threads and --max-shard-size are for a GGUF source"),
         ({"remote_code": True, "approximate": True}, "give one"),
     ],
 )

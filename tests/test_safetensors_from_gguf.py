@@ -367,6 +367,8 @@ def test_a_weight_beyond_float16(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf"]
     with pytest.raises(UnsupportedError, match="--link is for folders"):
         export(path, None, tmp_path / "out", link=True)
+    with pytest.raises(UnsupportedError, match="--remote-code has nothing to compute"):
+        export(path, None, tmp_path / "out", remote_code=True)
 
 
 def test_a_type_that_cannot_be_dequantized(tmp_path: Path) -> None:

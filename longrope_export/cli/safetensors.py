@@ -44,9 +44,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     type=click.Choice(["f32", "f16", "bf16"]),
     help="Of the weights from a GGUF [its own; bf16 if quantized].",
 )
-@click.option(
-    "--max-shard-size", default="5GB", show_default=True, help="Of the weights from a GGUF."
-)
+@click.option("--max-shard-size", help="Of the weights from a GGUF, as 500MB [5GB].")
 @click.option("--threads", type=click.IntRange(min=1), help="Worker threads [CPUs, at most 8].")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @force_option
@@ -63,7 +61,7 @@ def command(
     approximate: bool,
     link: bool,
     dtype: str | None,
-    max_shard_size: str,
+    max_shard_size: str | None,
     threads: int | None,
     dry_run: bool,
     force: bool,
@@ -92,7 +90,7 @@ def command(
         approximate=approximate,
         link=link,
         dtype=dtype,
-        max_shard_bytes=_read_size(max_shard_size),
+        max_shard_bytes=None if max_shard_size is None else _read_size(max_shard_size),
         threads=threads,
         force=force,
     )

@@ -15,28 +15,26 @@ from typing import Any
 
 from longrope_converters.base import ExportReport, Progress
 from longrope_converters.to_safetensors.hf_folder import (
-    SourceFolder,
     copy_other_files,
     copy_weights,
     our_code_files,
     read_source_folder,
 )
+from longrope_converters.to_safetensors.notes import rope_notes, source_notes, stock_losses
 from longrope_export.config import LongRopeConfig
 from longrope_export.definition import dump_factors, to_json
 from longrope_export.errors import UnsupportedError
-from longrope_export.honours import Verdict, honours
+from longrope_export.honours import honours
 from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
 from longrope_export.outputs import check_output_folder, replace_folder_when_done
 from longrope_export.stock_rope import (
     DEFINITION_FILE,
     DEFINITION_KEY,
-    has_formula_attention_factor,
-    stock_config,
     write_stock_rope,
 )
 
-DTYPES = ("f32", "f16", "bf16")
+DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class SafetensorsOptions:
         approximate: write the nearest stock config where stock code cannot compute the whole one.
         link: hard-link the weights of a folder instead of copying them.
         dtype: of the weights made from a GGUF; None for the file's own, or bf16 if quantized.
-        max_shard_bytes: largest file of weights made from a GGUF.
+        max_shard_bytes: largest file of weights made from a GGUF; None for 5 GB.
         threads: worker threads for a GGUF, None for the number of CPUs up to 8.
         force: replace an earlier export.
     """
@@ -58,7 +56,7 @@ class SafetensorsOptions:
     approximate: bool = False
     link: bool = False
     dtype: str | None = None
-    max_shard_bytes: int = 5_000_000_000
+    max_shard_bytes: int | None = None
     threads: int | None = None
     force: bool = False
 
@@ -87,10 +85,16 @@ class SafetensorsConverter:
                 raise UnsupportedError(
                     "--dtype is for a GGUF source: the weights of a folder stay byte for byte"
                 )
+            if options.threads is not None or options.max_shard_bytes is not None:
+                raise UnsupportedError(
+                    "--threads and --max-shard-size are for a GGUF source: leave them out"
+                )
         elif options.link:
             raise UnsupportedError("--link is for folders: the weights of a GGUF are rewritten")
         definition = self._definition(model, config)
         if definition is None:
+            if options.remote_code:
+                raise UnsupportedError("--remote-code has nothing to compute: no factors are given")
             return
         if not model.family.hf_architectures or not model.family.gguf_architectures:
             raise UnsupportedError(
@@ -129,11 +133,13 @@ class SafetensorsConverter:
         partial = read_hf_config(model.path).rope.partial_rotary_factor
         with replace_folder_when_done(output) as folder:
             self._write_settings(folder, source.values, partial, definition, model)
-            copy_other_files(source, folder)
+            target = (definition or model.native).max_position_embeddings
+            notes = copy_other_files(source, folder, target)
             text = _definition_text(definition)
             copy_weights(source, folder, text, link=self.options.link, progress=progress)
         route = "linked" if self.options.link else "copied"
-        return self._report(model, definition, output, route, _source_notes(source))
+        notes = (*notes, *source_notes(source))
+        return self._report(model, definition, output, route, notes)
 
     def _convert_gguf(
         self, model: Model, definition: LongRopeConfig | None, output: Path, progress: Progress
@@ -149,13 +155,14 @@ class SafetensorsConverter:
         with replace_folder_when_done(output) as folder:
             values = all_settings(source, model, dtype)
             self._write_settings(folder, values, partial, definition, model)
-            notes = write_tokenizer(source.header, folder, model.window)
+            target = (definition or model.native).max_position_embeddings
+            notes = write_tokenizer(source.header, folder, target)
             write_weights(
                 source.tensors,
                 folder,
                 dtype,
                 definition=_definition_text(definition),
-                max_shard_bytes=self.options.max_shard_bytes,
+                max_shard_bytes=self.options.max_shard_bytes or DEFAULT_SHARD_BYTES,
                 threads=self.options.threads,
                 progress=progress,
             )
@@ -186,15 +193,17 @@ class SafetensorsConverter:
         return item_bytes * sum(math.prod(tensor.shape) for tensor in tensors)
 
     def _definition(self, model: Model, config: LongRopeConfig | None) -> LongRopeConfig | None:
-        """The config to be written, or None where the source is plain and stays so."""
+        """The config to be written, or None for a GGUF that is plain and stays so."""
         if config is not None:
             return config
-        if model.kind is ModelKind.HF and not model.has_longrope:
-            raise UnsupportedError(
-                f"{model.path}: nothing to do for a folder without longrope factors: give "
-                f"--factors or --tier"
-            )
         tiers = model.native.tiers
+        if model.kind is ModelKind.HF:
+            if not model.has_longrope:
+                raise UnsupportedError(
+                    f"{model.path}: nothing to do for a folder without longrope factors: give "
+                    f"--factors or --tier"
+                )
+            return model.native
         return None if len(tiers) == 1 and tiers[0].is_plain else model.native
 
     def _write_settings(
@@ -233,7 +242,7 @@ class SafetensorsConverter:
         notes: tuple[str, ...],
     ) -> ExportReport:
         if definition is not None:
-            notes = (*self._rope_notes(model, definition), *notes)
+            notes = (*rope_notes(definition, model, remote_code=self.options.remote_code), *notes)
         return ExportReport(
             output=output,
             source=model.path,
@@ -244,47 +253,6 @@ class SafetensorsConverter:
             notes=notes,
             honours={} if definition is None else honours(definition, model),
         )
-
-    def _rope_notes(self, model: Model, config: LongRopeConfig) -> tuple[str, ...]:
-        """What a user has to know before serving the folder."""
-        what = "without trust_remote_code" if self.options.remote_code else "dropped"
-        notes = [f"{what}: {name}: {note}" for name, note in stock_losses(config, model).items()]
-        stock = stock_config(config)
-        border = stock.original_max_position_embeddings
-        if len(stock.tiers) > 1:
-            notes.append(
-                f"transformers takes the long factors for sequences of more than {border} tokens; "
-                f"vLLM and mlx-lm take one set per process (docs/safetensors.md)"
-            )
-        notes.append(
-            f"vLLM serves {border} tokens unless started with "
-            f"--max-model-len {stock.max_position_embeddings}"
-        )
-        if not has_formula_attention_factor(config):
-            notes.append(
-                f"mlx-lm and ExLlama recompute the attention factor and do not use "
-                f"{stock.tiers[-1].attention_factor:.5g}"
-            )
-            if model.family.name == "phi3":
-                notes.append(
-                    "transformers 4 refuses a phi3 config with an attention factor of its own"
-                )
-        return tuple(notes)
-
-
-def stock_losses(config: LongRopeConfig, model: Model) -> dict[str, str]:
-    """Fields of the config that stock transformers does not compute -> what it does instead.
-
-    A switch by sequence length is computed, though not by generate() with a cache (see honours).
-    """
-    lost = {
-        name: cell.note
-        for name, cell in honours(config, model)["transformers"].items()
-        if cell.verdict is Verdict.NO or (cell.verdict is Verdict.PARTLY and name != "switch")
-    }
-    if model.family.global_layers_only and config.layers != model.native.layers:
-        lost["layers"] = "the layers with full attention are rescaled, and only those"
-    return lost
 
 
 def _definition_text(definition: LongRopeConfig | None) -> str:
@@ -313,15 +281,3 @@ def _write_code(folder: Path, architecture: str) -> dict[str, str]:
     file_name, class_name, text = _modeling_source(architecture)
     (folder / file_name).write_text(text, encoding="utf-8")
     return {"AutoModelForCausalLM": f"{file_name.removesuffix('.py')}.{class_name}"}
-
-
-def _source_notes(source: SourceFolder) -> tuple[str, ...]:
-    notes = []
-    if source.left:
-        notes.append(f"left behind: {', '.join(source.left)}")
-    if source.values.get("auto_map") and not our_code_files(source.values):
-        notes.append(
-            "the source's own modelling code is carried along and used with trust_remote_code=True "
-            "only; whether it reads these factors is up to it"
-        )
-    return tuple(notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +99,27 @@ def copy_weights(
             copy_file(shard, target, progress)
 
 
-def copy_other_files(source: SourceFolder, output: Path) -> None:
-    """Tokenizer, templates, generation config, index, code: whatever is small."""
+def copy_other_files(source: SourceFolder, output: Path, target_length: int) -> tuple[str, ...]:
+    """Tokenizer, templates, generation config, index, code: whatever is small. Returns notes.
+
+    One number changes: a model_max_length in tokenizer_config.json below the target is raised to
+    it, since vLLM serves no more than that.
+    """
+    notes = []
     for name in source.carried:
+        path = source.folder / name
         (output / name).parent.mkdir(exist_ok=True)
-        copy_file(source.folder / name, output / name, lambda _: None)
+        if name.name == "tokenizer_config.json":
+            settings = read_json_object(path)
+            stated = settings.get("model_max_length")
+            if isinstance(stated, int | float) and stated < target_length:
+                settings["model_max_length"] = target_length
+                text = json.dumps(settings, indent=2, ensure_ascii=False)
+                (output / name).write_text(text + "\n", encoding="utf-8")
+                notes.append(f"{name}: model_max_length is {target_length} now, and was {stated}")
+                continue
+        copy_file(path, output / name, lambda _: None)
+    return tuple(notes)
 
 
 def _is_other_weight(name: str) -> bool:
