@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 NAME = f"longrope:{__name__}"
 MASK_ROWS = 1024  # queries per explicit causal mask
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class AttentionConfig:
@@ -23,6 +24,7 @@ class AttentionConfig:
 
     Attributes:
         original: the model's config, which goes on ruling everything else.
+        eager: the eager attention function of the model's family.
         module: the attention module under that config, for functions that read it (flash).
         is_rescaled: whether the tiers apply to this layer.
         is_exempt: whether the queries of this layer are left out of log scaling.
@@ -32,6 +34,8 @@ class AttentionConfig:
 
     def __init__(self, module: nn.Module, is_rescaled: bool, is_exempt: bool) -> None:
         self.original = module.config
+        self.eager = sys.modules[type(module).__module__].eager_attention_forward
+        self._found: tuple[str, Attention] = ("eager", self.eager)
         self.module = ModuleView(module, module.config)
         self.is_rescaled, self.is_exempt = is_rescaled, is_exempt
 
@@ -39,6 +43,13 @@ class AttentionConfig:
         if name.startswith("__") or name == "original":
             raise AttributeError(name)
         return getattr(self.original, name)
+
+    def own_attention(self) -> tuple[str, Attention]:
+        """Name and function of the attention that the module would have called."""
+        name = self.original._attn_implementation
+        if name != self._found[0]:
+            self._found = (name, ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager))
+        return self._found
 
 
 class ModuleView:
@@ -70,8 +81,7 @@ def longrope_attention(
         longrope_query_scale: (batch, n) float32, log scaling of the queries.
     """
     config: Any = module.config
-    name = config.original._attn_implementation
-    attend = own_attention(module, name)
+    name, attend = config.own_attention()
     owner = module if name in ("sdpa", "eager") else config.module
     if longrope_query_scale is not None and not config.is_exempt:
         query = (query.float() * longrope_query_scale[:, None, :, None]).to(query.dtype)
@@ -81,15 +91,6 @@ def longrope_attention(
         name, attend, owner, query, key, value, attention_mask, kwargs
     )
     return joined
-
-
-def own_attention(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function that the module would have called: its own eager one, or a registered one."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    found: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-        name, eager
-    )
-    return found
 
 
 class SegmentedPass:
@@ -117,7 +118,7 @@ class SegmentedPass:
     def attend(
         self,
         name: str,
-        attend: Callable[..., tuple[Tensor, Tensor | None]],
+        attend: Attention,
         module: Any,
         query: Tensor,
         key: Tensor,
