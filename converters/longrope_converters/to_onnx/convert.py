@@ -1,0 +1,169 @@
+"""The ONNX exporter: a folder with model.onnx, its data, rerotate.onnx and the genai files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longrope_converters.base import ExportReport, Progress
+from longrope_converters.to_onnx.folder_output import check_folder, replace_folder_when_done
+from longrope_export import __version__
+from longrope_export.config import LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ToolError, UnsupportedError
+from longrope_export.factor_files import to_json
+from longrope_export.models.hf_config import read_hf_config
+from longrope_export.models.model import Model, ModelKind
+
+if TYPE_CHECKING:
+    from longrope_converters.to_onnx.decoder import GraphOptions
+    from longrope_converters.to_onnx.description import Decoder
+    from longrope_converters.to_onnx.graph import Graph
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How the folder is written.
+
+    Attributes:
+        precision: "fp32", "fp16", "int8" or "int4".
+        ops: "genai" (GroupQueryAttention) or "standard" (opset 23 alone).
+        max_length: tokens that onnxruntime-genai allocates its cache for; None for the target.
+        accuracy_level: of MatMulNBits (int8, int4): 0 computes in fp32, 4 with int8 activations.
+        force: replace an existing export.
+    """
+
+    precision: str = "fp32"
+    ops: str = "genai"
+    max_length: int | None = None
+    accuracy_level: int = 4
+    force: bool = False
+
+
+class OnnxConverter:
+    """Converter to ONNX. `check` touches nothing; `convert` writes the folder whole or not."""
+
+    def __init__(self, options: OnnxOptions | None = None) -> None:
+        self.options = options or OnnxOptions()
+
+    def check(self, model: Model, config: LongRopeConfig | None) -> None:
+        """Refuse what cannot be written, by building the graph without reading a weight.
+
+        Raises:
+            UnsupportedError: a family, a field or an option that the exporter does not know.
+            ModelError: the checkpoint does not hold what its settings promise.
+            ToolError: a package of the `onnx` extra is missing.
+        """
+        self._build(model, config or model.native)
+
+    def convert(
+        self, model: Model, config: LongRopeConfig | None, output: Path, progress: Progress
+    ) -> ExportReport:
+        """Write the folder.
+
+        Args:
+            config: factors, or None for what the source itself declares.
+            output: name of the folder.
+
+        Raises:
+            LongRopeError: see check; or the source is damaged, or the output cannot be written.
+        """
+        from longrope_converters.to_onnx.genai import copy_tokenizer, write_genai_config
+        from longrope_converters.to_onnx.graph import DATA_NAME
+        from longrope_converters.to_onnx.weights import write_data
+
+        rope = config or model.native
+        check_folder(output, find_inputs(model), force=self.options.force)
+        settings, decoder, graph, options = self._build(model, rope)
+        metadata = self._metadata(model, rope)
+        with replace_folder_when_done(output) as folder:
+            write_data(graph.tensors, folder / DATA_NAME, progress)
+            graph.save(folder / "model.onnx", metadata)
+            self._write_rerotation(decoder, rope, graph, folder, metadata)
+            length = self.options.max_length or rope.max_position_embeddings
+            write_genai_config(settings, decoder, rope, options, length, folder)
+            has_tokenizer = copy_tokenizer(model.path, folder)
+        return ExportReport(
+            output=output,
+            source=model.path,
+            format="onnx",
+            route=f"{self.options.precision}, {self.options.ops}",
+            num_bytes=sum(path.stat().st_size for path in output.iterdir()),
+            config=rope,
+            notes=self._notes(decoder, rope, length, graph, has_tokenizer),
+        )
+
+    def _build(self, model: Model, rope: LongRopeConfig):  # type: ignore[no-untyped-def]
+        require_packages()
+        from longrope_converters.to_onnx.decoder import GraphOptions, build_decoder
+        from longrope_converters.to_onnx.families import describe
+        from longrope_converters.to_onnx.source import folder_weights
+
+        length = self.options.max_length
+        if length is not None and length > rope.max_position_embeddings:
+            raise UnsupportedError(
+                f"--max-length {length} is beyond the factors' target of "
+                f"{rope.max_position_embeddings} tokens"
+            )
+        if model.kind is ModelKind.GGUF:
+            raise UnsupportedError("GGUF sources are not supported yet")
+        settings = read_hf_config(model.path)
+        decoder = describe(settings)
+        standard = self.options.ops == "standard"
+        options = GraphOptions(
+            self.options.precision,
+            self.options.ops,
+            (length or rope.max_position_embeddings) if standard else 0,
+            self.options.accuracy_level,
+        )
+        graph = build_decoder(decoder, rope, folder_weights(model.path), options)
+        return settings, decoder, graph, options
+
+    def _write_rerotation(
+        self, decoder: Decoder, rope: LongRopeConfig, graph: Graph, folder: Path,
+        metadata: dict[str, str],
+    ) -> None:
+        from longrope_converters.to_onnx.rerotate import build_rerotation
+
+        if rope.switch is SwitchPolicy.CAUSAL and len(rope.tiers) > 1:
+            rerotation = build_rerotation(decoder, rope, graph.dtype)
+            rerotation.save(folder / "rerotate.onnx", metadata)
+
+    def _metadata(self, model: Model, rope: LongRopeConfig) -> dict[str, str]:
+        """What model.onnx says of itself; longrope.config is a whole factors file."""
+        return {
+            "longrope.config": json.dumps(to_json(rope)),
+            "longrope.ops": self.options.ops,
+            "longrope.precision": self.options.precision,
+            "longrope.family": model.family.name,
+            "longrope.model_fingerprint": model.fingerprint,
+            "longrope.tool_version": __version__,
+        }
+
+    def _notes(
+        self, decoder: Decoder, rope: LongRopeConfig, length: int, graph: Graph, has_tokenizer: bool
+    ) -> tuple[str, ...]:
+        return ()
+
+
+def require_packages() -> None:
+    """Refuse to go on without the `onnx` extra.
+
+    Raises:
+        ToolError: with the pip line.
+    """
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ToolError(
+            f"the ONNX exporter needs {error.name}: pip install 'longrope-export[onnx]'"
+        ) from error
+
+
+def find_inputs(model: Model) -> list[Path]:
+    """The files that an export reads, none of which may be inside the output."""
+    if model.kind is ModelKind.GGUF:
+        return [model.path]
+    return [model.path, *sorted(path for path in model.path.iterdir() if path.is_file())]

@@ -1,0 +1,113 @@
+"""What onnxruntime-genai wants beside the model: genai_config.json and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from longrope_converters.to_onnx.decoder import GraphOptions
+from longrope_converters.to_onnx.description import Decoder
+from longrope_export.config import LongRopeConfig
+from longrope_export.errors import ModelError
+from longrope_export.models.hf_config import HfConfig, read_json_object
+
+# any decoder-only model; never "phi3", "phimoe" or "phi3small", at whose names onnxruntime-genai
+# throws the cache away at 4097 or 8193 tokens, whatever the model says
+MODEL_TYPE = "decoder"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def write_genai_config(
+    config: HfConfig,
+    decoder: Decoder,
+    rope: LongRopeConfig,
+    options: GraphOptions,
+    max_length: int,
+    folder: Path,
+) -> None:
+    """Write genai_config.json.
+
+    Args:
+        max_length: search.max_length in tokens: how many the key-value cache is allocated for,
+            which is also the length that picks the tier in onnxruntime-genai.
+    """
+    generation = _generation_config(config)
+    end = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
+    begin = _token_ids(generation.get("bos_token_id", config.get("bos_token_id")))
+    pad = _token_ids(generation.get("pad_token_id", config.get("pad_token_id"))) or end
+    if not end:
+        raise ModelError(
+            f"{config.path}: eos_token_id is missing (and in generation_config.json): "
+            f"onnxruntime-genai would not know when to stop"
+        )
+    caches = {f"{kind}_{part}_names": f"{prefix}.%d.{part}" for kind, prefix in
+              (("past", "past_key_values"), ("present", "present")) for part in ("key", "value")}
+    values = {
+        "model": {
+            "type": MODEL_TYPE,
+            "bos_token_id": begin[0] if begin else end[0],
+            "eos_token_id": end[0] if len(end) == 1 else end,
+            "pad_token_id": pad[0],
+            "context_length": rope.max_position_embeddings,
+            "vocab_size": decoder.vocab_size,
+            "decoder": {
+                "filename": "model.onnx",
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "hidden_size": decoder.hidden_size,
+                "head_size": decoder.head_dim,
+                "num_attention_heads": decoder.num_heads,
+                "num_hidden_layers": decoder.num_layers,
+                "num_key_value_heads": decoder.num_key_value_heads,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    **{name: form for name, form in caches.items() if name.startswith("past")},
+                },
+                "outputs": {
+                    "logits": "logits",
+                    **{name: form for name, form in caches.items() if name.startswith("present")},
+                },
+            },
+        },
+        "search": {
+            "max_length": max_length,
+            "min_length": 0,
+            "num_beams": 1,
+            "past_present_share_buffer": options.ops == "genai",
+            **{name: generation[name] for name in _SAMPLING if generation.get(name) is not None},
+        },
+    }
+    (folder / "genai_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> bool:
+    """Copy the tokenizer's files; False if the source has none that onnxruntime-genai can read."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return (folder / "tokenizer.json").is_file()
+
+
+def _generation_config(config: HfConfig) -> dict[str, Any]:
+    path = config.folder / "generation_config.json"
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _token_ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(token) for token in value] if isinstance(value, list) else [int(value)]
