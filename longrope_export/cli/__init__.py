@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "Show a model's RoPE, its tiers, and what each runtime honours."),
     "factors": ("factors", "Make factors by a closed form, or read them from another file."),
     "gguf": ("gguf", "Write a GGUF with the factors baked in."),
+    "onnx": ("onnx", "Write an ONNX folder with the factors in the graph."),
     "llama-cpp": ("llama_cpp", "Build and run the pinned llama.cpp."),
     "demo": ("demo", "Take a real 8k model to 32k in llama.cpp, from nothing."),
 }

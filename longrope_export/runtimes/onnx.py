@@ -25,7 +25,7 @@ Logits = npt.NDArray[np.float32]
 DEFAULT_CHUNK = 1024
 _SMALLEST_CAPACITY = 256
 _SEVERITY_ERROR = 3
-_TYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
 class OnnxModel:
@@ -56,7 +56,9 @@ class OnnxModel:
         self.ops: str = metadata.get("longrope.ops", "")
         self.precision: str = metadata.get("longrope.precision", "")
         self.caches = {
-            value.name: value for value in self.session.get_inputs() if value.name.startswith("past")
+            value.name: value
+            for value in self.session.get_inputs()
+            if value.name.startswith("past")
         }
         self._rerotation: Any = None
 
@@ -81,9 +83,7 @@ class OnnxModel:
         """
         return self.start(declared_length=len(tokens), chunk_size=chunk_size).append(tokens)
 
-    def logits_of_batch(
-        self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike
-    ) -> Logits:
+    def logits_of_batch(self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike) -> Logits:
         """Logits of padded sequences, each with positions from 0; the padding may be on any side.
 
         Rows are run one by one: ONNX Runtime's attention takes no padding on the left, and only
@@ -353,4 +353,4 @@ def _present(past_name: str) -> str:
 
 def _empty_cache(value: Any, capacity: int) -> npt.NDArray[Any]:
     _, heads, _, head_dim = value.shape
-    return np.zeros((1, heads, capacity, head_dim), _TYPES[value.type])
+    return np.zeros((1, heads, capacity, head_dim), np.dtype(_TYPES[value.type]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longrope_converters.base import ExportReport, Progress
 from longrope_converters.to_onnx.folder_output import check_folder, replace_folder_when_done
@@ -13,11 +13,11 @@ from longrope_export import __version__
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ToolError, UnsupportedError
 from longrope_export.factor_files import to_json
+from longrope_export.honours import YES, fields_in_use
 from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
 
 if TYPE_CHECKING:
-    from longrope_converters.to_onnx.decoder import GraphOptions
     from longrope_converters.to_onnx.description import Decoder
     from longrope_converters.to_onnx.graph import Graph
 
@@ -47,15 +47,20 @@ class OnnxConverter:
     def __init__(self, options: OnnxOptions | None = None) -> None:
         self.options = options or OnnxOptions()
 
-    def check(self, model: Model, config: LongRopeConfig | None) -> None:
+    def check(self, model: Model, config: LongRopeConfig | None) -> int:
         """Refuse what cannot be written, by building the graph without reading a weight.
+
+        Returns:
+            Bytes of the weights that `convert` will write.
 
         Raises:
             UnsupportedError: a family, a field or an option that the exporter does not know.
             ModelError: the checkpoint does not hold what its settings promise.
             ToolError: a package of the `onnx` extra is missing.
         """
-        self._build(model, config or model.native)
+        return sum(
+            tensor.num_bytes for tensor in self._build(model, config or model.native).graph.tensors
+        )
 
     def convert(
         self, model: Model, config: LongRopeConfig | None, output: Path, progress: Progress
@@ -69,35 +74,55 @@ class OnnxConverter:
         Raises:
             LongRopeError: see check; or the source is damaged, or the output cannot be written.
         """
-        from longrope_converters.to_onnx.genai import copy_tokenizer, write_genai_config
+        from longrope_converters.to_onnx.genai import (
+            copy_tokenizer,
+            genai_honours,
+            genai_notes,
+        )
         from longrope_converters.to_onnx.graph import DATA_NAME
         from longrope_converters.to_onnx.weights import write_data
 
         rope = config or model.native
         check_folder(output, find_inputs(model), force=self.options.force)
-        settings, decoder, graph, options = self._build(model, rope)
+        plan = self._build(model, rope)
         metadata = self._metadata(model, rope)
+        max_length = self.options.max_length or rope.max_position_embeddings
         with replace_folder_when_done(output) as folder:
-            write_data(graph.tensors, folder / DATA_NAME, progress)
-            graph.save(folder / "model.onnx", metadata)
-            self._write_rerotation(decoder, rope, graph, folder, metadata)
-            length = self.options.max_length or rope.max_position_embeddings
-            write_genai_config(settings, decoder, rope, options, length, folder)
+            write_data(plan.graph.tensors, folder / DATA_NAME, progress)
+            plan.graph.save(folder / "model.onnx", metadata)
+            if plan.rerotation is not None:
+                plan.rerotation.save(folder / "rerotate.onnx", metadata)
+            text = json.dumps(plan.genai, indent=2)
+            (folder / "genai_config.json").write_text(text, encoding="utf-8")
             has_tokenizer = copy_tokenizer(model.path, folder)
+            num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        notes = genai_notes(
+            plan.decoder, rope, self.options.ops, max_length, plan.graph.dtype.itemsize
+        )
+        if not has_tokenizer:
+            notes += (f"{model.path} has no tokenizer.json: onnxruntime-genai needs one",)
         return ExportReport(
             output=output,
             source=model.path,
             format="onnx",
             route=f"{self.options.precision}, {self.options.ops}",
-            num_bytes=sum(path.stat().st_size for path in output.iterdir()),
+            num_bytes=num_bytes,
             config=rope,
-            notes=self._notes(decoder, rope, length, graph, has_tokenizer),
+            notes=notes,
+            honours={
+                "ONNX Runtime (longrope_export.runtimes.onnx)": dict.fromkeys(
+                    fields_in_use(rope), YES
+                ),
+                "onnxruntime-genai": genai_honours(rope, self.options.ops),
+            },
         )
 
-    def _build(self, model: Model, rope: LongRopeConfig):  # type: ignore[no-untyped-def]
+    def _build(self, model: Model, rope: LongRopeConfig) -> _Plan:
         require_packages()
         from longrope_converters.to_onnx.decoder import GraphOptions, build_decoder
         from longrope_converters.to_onnx.families import describe
+        from longrope_converters.to_onnx.genai import genai_config
+        from longrope_converters.to_onnx.rerotate import build_rerotation
         from longrope_converters.to_onnx.source import folder_weights
 
         length = self.options.max_length
@@ -107,28 +132,21 @@ class OnnxConverter:
                 f"{rope.max_position_embeddings} tokens"
             )
         if model.kind is ModelKind.GGUF:
-            raise UnsupportedError("GGUF sources are not supported yet")
+            raise UnsupportedError(f"{model.path}: GGUF sources are not supported yet")
         settings = read_hf_config(model.path)
         decoder = describe(settings)
-        standard = self.options.ops == "standard"
+        # a cache of standard operators has no spare room, so its capacity cannot tell a length
+        pinned = length or rope.max_position_embeddings if self.options.ops == "standard" else 0
         options = GraphOptions(
-            self.options.precision,
-            self.options.ops,
-            (length or rope.max_position_embeddings) if standard else 0,
-            self.options.accuracy_level,
+            self.options.precision, self.options.ops, pinned, self.options.accuracy_level
         )
         graph = build_decoder(decoder, rope, folder_weights(model.path), options)
-        return settings, decoder, graph, options
-
-    def _write_rerotation(
-        self, decoder: Decoder, rope: LongRopeConfig, graph: Graph, folder: Path,
-        metadata: dict[str, str],
-    ) -> None:
-        from longrope_converters.to_onnx.rerotate import build_rerotation
-
+        rerotation = None
         if rope.switch is SwitchPolicy.CAUSAL and len(rope.tiers) > 1:
             rerotation = build_rerotation(decoder, rope, graph.dtype)
-            rerotation.save(folder / "rerotate.onnx", metadata)
+        maximum = length or rope.max_position_embeddings
+        genai = genai_config(settings, decoder, rope, self.options.ops, maximum)
+        return _Plan(decoder, graph, rerotation, genai)
 
     def _metadata(self, model: Model, rope: LongRopeConfig) -> dict[str, str]:
         """What model.onnx says of itself; longrope.config is a whole factors file."""
@@ -141,10 +159,13 @@ class OnnxConverter:
             "longrope.tool_version": __version__,
         }
 
-    def _notes(
-        self, decoder: Decoder, rope: LongRopeConfig, length: int, graph: Graph, has_tokenizer: bool
-    ) -> tuple[str, ...]:
-        return ()
+
+@dataclass(frozen=True)
+class _Plan:
+    decoder: Decoder
+    graph: Graph
+    rerotation: Graph | None
+    genai: dict[str, Any]
 
 
 def require_packages() -> None:

@@ -32,6 +32,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 OPS = ("genai", "standard")
 _BITS = {"int8": 8, "int4": 4}
 _EMBEDDING_BITS = 8  # int4, too: the head is the most sensitive matrix
+_ROTARY_DIM_MULTIPLE = 16  # what the kernels of GroupQueryAttention take
 _ALL_TOKENS = np.iinfo(np.int64).max
 
 
@@ -88,7 +89,7 @@ class _Builder:
         tokens = graph.input("input_ids", ir.DataType.INT64, ["batch", "tokens"])
         self.mask = graph.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         self.positions = graph.input("position_ids", ir.DataType.INT64, ["batch", "tokens"])
-        shape = ["batch", decoder.num_key_value_heads, "past", decoder.head_dim]
+        shape: list[int | str] = ["batch", decoder.num_key_value_heads, "past", decoder.head_dim]
         self.past = [
             tuple(
                 graph.input(f"past_key_values.{layer}.{part}", graph.type, shape)
@@ -98,14 +99,13 @@ class _Builder:
         ]
         pinned = np.full((1, 1), self.options.pinned_length, np.int64)
         rope_length = graph.optional_input("rope_length", pinned, ["rope_batch", 1])
-        keep = graph.optional_input(
-            "num_logits_to_keep", np.asarray([_ALL_TOKENS], np.int64), [1]
-        )
+        keep = graph.optional_input("num_logits_to_keep", np.asarray([_ALL_TOKENS], np.int64), [1])
         self._prepare(rope_length)
+        present: list[int | str] = [*shape[:2], "capacity", decoder.head_dim]
         final = self._layers(self._embed(tokens))
         self._head(final, keep)
         for layer, (key, value) in enumerate(self.present):
-            name, present = f"present.{layer}", [*shape[:2], "capacity", decoder.head_dim]
+            name = f"present.{layer}"
             graph.output(key, f"{name}.key", graph.type, present)
             graph.output(value, f"{name}.value", graph.type, present)
 
@@ -189,8 +189,9 @@ class _Builder:
     def _group_query_attention(
         self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int, rotation: Rotation
     ) -> ir.Value:
-        """Tables are read inside the operator; computed cos and sin are applied in front of it."""
-        decoder, inside = self.decoder, rotation.rows is not None
+        """Tables are read inside the operator, if its kernels can; else q and k come rotated."""
+        decoder = self.decoder
+        inside = rotation.rows is not None and rotation.rotary_dim % _ROTARY_DIM_MULTIPLE == 0
         if not inside:
             q = rotate(self.graph, q, rotation, decoder.num_heads)
             k = rotate(self.graph, k, rotation, decoder.num_key_value_heads)
@@ -264,7 +265,11 @@ class _Builder:
         local = decoder.local_theta is not None and decoder.windows[layer] is not None
         name = "local" if local else "rope" if rescaled else "plain"
         if name not in self._rotations:
-            rope = config if name == "rope" else plain_rope(config, decoder.local_theta if local else None)
+            rope = (
+                config
+                if name == "rope"
+                else plain_rope(config, decoder.local_theta if local else None)
+            )
             self._rotations[name] = make_rotation(
                 self.graph, rope, self.positions, self.length, name
             )
@@ -296,9 +301,7 @@ class _Builder:
             start += count
         return values
 
-    def _linear(
-        self, x: ir.Value, name: str, shape: tuple[int, int], has_bias: bool
-    ) -> ir.Value:
+    def _linear(self, x: ir.Value, name: str, shape: tuple[int, int], has_bias: bool) -> ir.Value:
         out = self._matmul(x, self.weights.take(f"{name}.weight", shape), f"{name}.weight")
         if has_bias:
             bias = self.weights.take(f"{name}.bias", shape[:1])
@@ -386,7 +389,9 @@ class _Builder:
             table = self.table if decoder.tied else graph.rows(name, rows)
             flat = op("Reshape", x, graph.constant([-1, decoder.hidden_size], np.int64))
             logits = op("Gemm", flat, table, transB=1)
-            shape = op("Concat", op("Shape", x, start=0, end=2), graph.constant([-1], np.int64), axis=0)
+            shape = op(
+                "Concat", op("Shape", x, start=0, end=2), graph.constant([-1], np.int64), axis=0
+            )
             logits = op("Reshape", logits, shape)
         else:
             pair = (self.table, self.table_scales)

@@ -27,7 +27,9 @@ def check_folder(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
     """
     parent = output.absolute().parent
     if not parent.is_dir():
-        raise OutputError(f"output folder {parent} does not exist: create it first (mkdir -p {parent})")
+        raise OutputError(
+            f"output folder {parent} does not exist: create it first (mkdir -p {parent})"
+        )
     if not os.access(parent, os.W_OK):
         raise OutputError(f"output folder {parent} is not writable: choose another with -o")
     resolved = output.resolve()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from longrope_converters.to_onnx.decoder import GraphOptions
 from longrope_converters.to_onnx.description import Decoder
-from longrope_export.config import LongRopeConfig
+from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
+from longrope_export.honours import YES, Cell, Verdict, fields_in_use
 from longrope_export.models.hf_config import HfConfig, read_json_object
 
 # any decoder-only model; never "phi3", "phimoe" or "phi3small", at whose names onnxruntime-genai
@@ -30,19 +29,21 @@ TOKENIZER_FILES = (
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def write_genai_config(
+def genai_config(
     config: HfConfig,
     decoder: Decoder,
     rope: LongRopeConfig,
-    options: GraphOptions,
+    ops: str,
     max_length: int,
-    folder: Path,
-) -> None:
-    """Write genai_config.json.
+) -> dict[str, Any]:
+    """The content of genai_config.json.
 
     Args:
         max_length: search.max_length in tokens: how many the key-value cache is allocated for,
             which is also the length that picks the tier in onnxruntime-genai.
+
+    Raises:
+        ModelError: the source names no end token.
     """
     generation = _generation_config(config)
     end = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
@@ -53,9 +54,12 @@ def write_genai_config(
             f"{config.path}: eos_token_id is missing (and in generation_config.json): "
             f"onnxruntime-genai would not know when to stop"
         )
-    caches = {f"{kind}_{part}_names": f"{prefix}.%d.{part}" for kind, prefix in
-              (("past", "past_key_values"), ("present", "present")) for part in ("key", "value")}
-    values = {
+    caches = {
+        f"{kind}_{part}_names": f"{prefix}.%d.{part}"
+        for kind, prefix in (("past", "past_key_values"), ("present", "present"))
+        for part in ("key", "value")
+    }
+    return {
         "model": {
             "type": MODEL_TYPE,
             "bos_token_id": begin[0] if begin else end[0],
@@ -87,11 +91,51 @@ def write_genai_config(
             "max_length": max_length,
             "min_length": 0,
             "num_beams": 1,
-            "past_present_share_buffer": options.ops == "genai",
+            "past_present_share_buffer": ops == "genai",
             **{name: generation[name] for name in _SAMPLING if generation.get(name) is not None},
         },
     }
-    (folder / "genai_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def genai_honours(rope: LongRopeConfig, ops: str) -> dict[str, Cell]:
+    """What onnxruntime-genai does with each field: it runs one tier from the first token on."""
+    chooser = "the max_length given at export" if ops == "standard" else "search.max_length"
+    one = Cell(Verdict.PARTLY, f"one tier for the whole sequence, the one of {chooser}")
+    switch = Cell(Verdict.NO, f"one tier for every position, chosen by {chooser}")
+    if rope.switch is SwitchPolicy.SEQUENCE:
+        switch = Cell(Verdict.YES, f"pinned: {chooser} is the declared length")
+    cells = dict.fromkeys(fields_in_use(rope), YES)
+    if len(rope.tiers) > 1:
+        tiers = dict.fromkeys(("first_tier", "middle_tiers", "last_tier"), one)
+        cells |= {name: cell for name, cell in tiers.items() if name in cells}
+        cells["switch"] = switch
+    return cells
+
+
+def genai_notes(
+    decoder: Decoder, rope: LongRopeConfig, ops: str, max_length: int, item_bytes: int
+) -> tuple[str, ...]:
+    """What a user of onnxruntime-genai has to know."""
+    tokens = decoder.num_layers * 2 * decoder.num_key_value_heads * decoder.head_dim * item_bytes
+    notes = []
+    if len(rope.tiers) > 1:
+        tier = rope.select_tier(max_length).max_length
+        advice = "export again with --max-length" if ops == "standard" else "set search.max_length"
+        notes.append(
+            f"onnxruntime-genai runs every token under the tier up to {tier} (max_length "
+            f"{max_length}); for shorter text {advice} to what you need"
+        )
+        if rope.switch is SwitchPolicy.CAUSAL:
+            notes.append(
+                "the causal rule itself needs longrope_export.runtimes.onnx: onnxruntime-genai "
+                "cannot rotate cached keys again"
+            )
+    if ops == "genai":
+        notes.append(
+            f"onnxruntime-genai allocates {tokens * max_length / 2**20:,.0f} MiB of cache for "
+            f"max_length {max_length}"
+        )
+    return tuple(notes)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> bool:

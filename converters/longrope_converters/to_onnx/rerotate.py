@@ -15,7 +15,9 @@ from longrope_converters.to_onnx.rotation import computed_angles, tier_index
 from longrope_export.config import LongRopeConfig
 
 
-def build_rerotation(decoder: Decoder, config: LongRopeConfig, cache_type: np.dtype[np.generic]) -> Graph:
+def build_rerotation(
+    decoder: Decoder, config: LongRopeConfig, cache_type: np.dtype[np.generic]
+) -> Graph:
     """A graph over the key caches of all layers that the config rescales.
 
     Inputs are position_ids (batch, cached) int64; from_length and to_length (batch or 1, 1) int64,
@@ -31,14 +33,16 @@ def build_rerotation(decoder: Decoder, config: LongRopeConfig, cache_type: np.dt
     ]
     old, new = (computed_angles(graph, config, positions, tier) for tier in tiers)
     scales = graph.constant([tier.attention_factor for tier in config.tiers], np.float64)
-    ratio = graph.op("Div", graph.op("Gather", scales, tiers[1]), graph.op("Gather", scales, tiers[0]))
+    ratio = graph.op(
+        "Div", graph.op("Gather", scales, tiers[1]), graph.op("Gather", scales, tiers[0])
+    )
     ratio = graph.op("Unsqueeze", ratio, graph.constant([2], np.int64))
     angle = graph.op("Sub", new, old)
     cos, sin = (
         graph.op("Cast", graph.op("Mul", graph.op(part, angle), ratio), to=ir.DataType.FLOAT)
         for part in ("Cos", "Sin")
     )
-    shape = ["batch", decoder.num_key_value_heads, "cached", decoder.head_dim]
+    shape: list[int | str] = ["batch", decoder.num_key_value_heads, "cached", decoder.head_dim]
     for layer in rescaled_layers(decoder, config):
         key = graph.input(f"past_key_values.{layer}.key", stored, shape)
         wide = graph.op("Cast", key, to=ir.DataType.FLOAT)
@@ -60,7 +64,5 @@ def rescaled_layers(decoder: Decoder, config: LongRopeConfig) -> list[int]:
     """Layers whose keys depend on the tier."""
     layers = range(decoder.num_layers) if config.layers is None else config.layers
     return [
-        layer
-        for layer in layers
-        if decoder.local_theta is None or decoder.windows[layer] is None
+        layer for layer in layers if decoder.local_theta is None or decoder.windows[layer] is None
     ]

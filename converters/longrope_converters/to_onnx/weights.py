@@ -107,7 +107,9 @@ def row_steps(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, shape[0])
 
 
-def write_data(tensors: Sequence[PlannedTensor], path: Path, progress: Callable[[int], None]) -> int:
+def write_data(
+    tensors: Sequence[PlannedTensor], path: Path, progress: Callable[[int], None]
+) -> int:
     """Write the data file; returns its size in bytes.
 
     Args:

@@ -43,7 +43,11 @@ def describe(config: HfConfig) -> Decoder:
         )
     for key, meaning in _REFUSED_KEYS.items():
         if config.values.get(key):
-            raise UnsupportedError(f"{config.path}: {key}: a model that is {meaning} is not supported")
+            raise UnsupportedError(
+                f"{config.path}: {key}: a model that is {meaning} is not supported"
+            )
     if config.architecture and not config.architecture.endswith("ForCausalLM"):
-        raise UnsupportedError(f"{config.path}: {config.architecture} is no text-only language model")
+        raise UnsupportedError(
+            f"{config.path}: {config.architecture} is no text-only language model"
+        )
     return DESCRIBE[name](config)
