@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from longrope_export.errors import ModelError
 
 Array = npt.NDArray[np.generic]
 Float32 = npt.NDArray[np.float32]
@@ -116,16 +118,28 @@ def write_data(
         progress: told the number of bytes after each piece.
 
     Raises:
+        ModelError: a weight beyond the range of float16.
         OSError: the disk is full, or the folder refuses the file.
     """
     with path.open("wb") as file:
         for tensor in tensors:
             file.seek(tensor.offset_bytes)
-            written = 0
-            for piece in tensor.pieces():
-                file.write(np.ascontiguousarray(piece).data)
-                written += piece.nbytes
-                progress(piece.nbytes)
-            if written != tensor.num_bytes:
-                raise AssertionError(f"{tensor.name}: {written} bytes, planned {tensor.num_bytes}")
+            try:
+                with np.errstate(over="raise"):
+                    _write_tensor(tensor, file, progress)
+            except FloatingPointError as error:
+                raise ModelError(
+                    f"weight {tensor.name} has values beyond the range of {tensor.dtype}: "
+                    f"export with --precision fp32, int8 or int4"
+                ) from error
         return file.tell()
+
+
+def _write_tensor(tensor: PlannedTensor, file: BinaryIO, progress: Callable[[int], None]) -> None:
+    written = 0
+    for piece in tensor.pieces():
+        file.write(np.ascontiguousarray(piece).data)
+        written += piece.nbytes
+        progress(piece.nbytes)
+    if written != tensor.num_bytes:
+        raise AssertionError(f"{tensor.name}: {written} bytes, planned {tensor.num_bytes}")
