@@ -52,6 +52,11 @@ from longrope_export.cli.common import (
     show_default=True,
     help="int8 and int4: 4 multiplies with 8-bit activations, 0 in fp32.",
 )
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with tokenizer.json, for a GGUF [MODEL].",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @force_option
 @json_option
@@ -67,6 +72,7 @@ def command(
     ops: str,
     max_length: int | None,
     accuracy_level: str,
+    tokenizer: Path | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -89,7 +95,8 @@ def command(
     config = given_factors(factors, tiers, source, switch)
     resolved = source.path.resolve()
     target = output or resolved.with_name(f"{resolved.name.removesuffix('.gguf')}-onnx")
-    converter = OnnxConverter(OnnxOptions(precision, ops, max_length, int(accuracy_level), force))
+    options = OnnxOptions(precision, ops, max_length, int(accuracy_level), tokenizer, force)
+    converter = OnnxConverter(options)
     check_folder(target, input_files(source.path, factors, tiers), force=force)
     total = converter.check(source, config)
     if dry_run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,12 @@ from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ToolError, UnsupportedError
 from longrope_export.factor_files import to_json
 from longrope_export.honours import YES, fields_in_use
-from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
 
 if TYPE_CHECKING:
     from longrope_converters.to_onnx.description import Decoder
     from longrope_converters.to_onnx.graph import Graph
+    from longrope_converters.to_onnx.source import Source
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class OnnxOptions:
         ops: "genai" (GroupQueryAttention) or "standard" (opset 23 alone).
         max_length: tokens that onnxruntime-genai allocates its cache for; None for the target.
         accuracy_level: of MatMulNBits (int8, int4): 0 computes in fp32, 4 with int8 activations.
+        tokenizer: folder of the tokenizer's files; None for the source's own.
         force: replace an existing export.
     """
 
@@ -38,6 +39,7 @@ class OnnxOptions:
     ops: str = "genai"
     max_length: int | None = None
     accuracy_level: int = 4
+    tokenizer: Path | None = None
     force: bool = False
 
 
@@ -94,13 +96,16 @@ class OnnxConverter:
                 plan.rerotation.save(folder / "rerotate.onnx", metadata)
             text = json.dumps(plan.genai, indent=2)
             (folder / "genai_config.json").write_text(text, encoding="utf-8")
-            has_tokenizer = copy_tokenizer(model.path, folder)
+            has_tokenizer = copy_tokenizer(plan.source, folder)
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
         notes = genai_notes(
             plan.decoder, rope, self.options.ops, max_length, plan.graph.dtype.itemsize
         )
         if not has_tokenizer:
-            notes += (f"{model.path} has no tokenizer.json: onnxruntime-genai needs one",)
+            notes += (
+                "there is no tokenizer.json, which onnxruntime-genai needs: name a folder that has "
+                "it with --tokenizer",
+            )
         return ExportReport(
             output=output,
             source=model.path,
@@ -123,7 +128,7 @@ class OnnxConverter:
         from longrope_converters.to_onnx.families import describe
         from longrope_converters.to_onnx.genai import genai_config
         from longrope_converters.to_onnx.rerotate import build_rerotation
-        from longrope_converters.to_onnx.source import folder_weights
+        from longrope_converters.to_onnx.source import open_source
 
         length = self.options.max_length
         if length is not None and length > rope.max_position_embeddings:
@@ -131,22 +136,22 @@ class OnnxConverter:
                 f"--max-length {length} is beyond the factors' target of "
                 f"{rope.max_position_embeddings} tokens"
             )
-        if model.kind is ModelKind.GGUF:
-            raise UnsupportedError(f"{model.path}: GGUF sources are not supported yet")
-        settings = read_hf_config(model.path)
-        decoder = describe(settings)
+        source = open_source(model)
+        if self.options.tokenizer is not None:
+            source = replace(source, tokenizer_folder=self.options.tokenizer, chat_template=None)
+        decoder = describe(source.settings)
         # a cache of standard operators has no spare room, so its capacity cannot tell a length
         pinned = length or rope.max_position_embeddings if self.options.ops == "standard" else 0
         options = GraphOptions(
             self.options.precision, self.options.ops, pinned, self.options.accuracy_level
         )
-        graph = build_decoder(decoder, rope, folder_weights(model.path), options)
+        graph = build_decoder(decoder, rope, source.weights, options)
         rerotation = None
         if rope.switch is SwitchPolicy.CAUSAL and len(rope.tiers) > 1:
             rerotation = build_rerotation(decoder, rope, graph.dtype)
         maximum = length or rope.max_position_embeddings
-        genai = genai_config(settings, decoder, rope, self.options.ops, maximum)
-        return _Plan(decoder, graph, rerotation, genai)
+        genai = genai_config(source, decoder, rope, self.options.ops, maximum)
+        return _Plan(source, decoder, graph, rerotation, genai)
 
     def _metadata(self, model: Model, rope: LongRopeConfig) -> dict[str, str]:
         """What model.onnx says of itself; longrope.config is a whole factors file."""
@@ -162,6 +167,7 @@ class OnnxConverter:
 
 @dataclass(frozen=True)
 class _Plan:
+    source: Source
     decoder: Decoder
     graph: Graph
     rerotation: Graph | None

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from longrope_converters.to_onnx.description import Decoder
+from longrope_converters.to_onnx.source import Source
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
 from longrope_export.honours import YES, Cell, Verdict, fields_in_use
-from longrope_export.models.hf_config import HfConfig, read_json_object
 
 # any decoder-only model; never "phi3", "phimoe" or "phi3small", at whose names onnxruntime-genai
 # throws the cache away at 4097 or 8193 tokens, whatever the model says
@@ -30,7 +30,7 @@ _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def genai_config(
-    config: HfConfig,
+    source: Source,
     decoder: Decoder,
     rope: LongRopeConfig,
     ops: str,
@@ -45,7 +45,7 @@ def genai_config(
     Raises:
         ModelError: the source names no end token.
     """
-    generation = _generation_config(config)
+    config, generation = source.settings, source.generation
     end = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
     begin = _token_ids(generation.get("bos_token_id", config.get("bos_token_id")))
     pad = _token_ids(generation.get("pad_token_id", config.get("pad_token_id"))) or end
@@ -138,17 +138,15 @@ def genai_notes(
     return tuple(notes)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> bool:
-    """Copy the tokenizer's files; False if the source has none that onnxruntime-genai can read."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+def copy_tokenizer(source: Source, folder: Path) -> bool:
+    """Copy the tokenizer's files; False if there are none that onnxruntime-genai can read."""
+    if source.tokenizer_folder is not None:
+        for path in (source.tokenizer_folder / name for name in TOKENIZER_FILES):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    if source.chat_template and not (folder / "chat_template.jinja").exists():
+        (folder / "chat_template.jinja").write_text(source.chat_template, encoding="utf-8")
     return (folder / "tokenizer.json").is_file()
-
-
-def _generation_config(config: HfConfig) -> dict[str, Any]:
-    path = config.folder / "generation_config.json"
-    return read_json_object(path) if path.is_file() else {}
 
 
 def _token_ids(value: Any) -> list[int]:

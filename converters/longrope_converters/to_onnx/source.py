@@ -1,4 +1,5 @@
-"""The weights of a Hugging Face folder, under their names there, read when they are written."""
+"""What an export is made from: settings in the words of config.json, and weights by their names in
+a Hugging Face folder, read when they are written."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from longrope_converters.to_gguf.checkpoint import name_some, read_checkpoint
 from longrope_converters.to_gguf.plan import SourceTensor
 from longrope_converters.to_onnx.weights import Float32, Rows
 from longrope_export.errors import ModelError, UnsupportedError
+from longrope_export.models.hf_config import HfConfig, read_hf_config, read_json_object
+from longrope_export.models.model import Model, ModelKind
 
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 # buffers that old checkpoints carry along
@@ -101,6 +105,42 @@ class Weights:
                 f"{self.where}: tensors that this family's graph has no place for: "
                 f"{name_some(rest)}"
             )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, opened.
+
+    Attributes:
+        generation: generation_config.json, or empty.
+        tokenizer_folder: where the tokenizer's files are, or None.
+        chat_template: where the source keeps one apart from the tokenizer's files.
+    """
+
+    settings: HfConfig
+    weights: Weights
+    generation: Mapping[str, Any]
+    tokenizer_folder: Path | None
+    chat_template: str | None = None
+
+
+def open_source(model: Model) -> Source:
+    """Open a Hugging Face folder or a GGUF; only headers and settings are read.
+
+    Raises:
+        LongRopeError: the model is damaged, or of a kind that cannot be read here.
+    """
+    if model.kind is ModelKind.GGUF:
+        from longrope_converters.to_onnx.gguf_source import open_gguf
+
+        return open_gguf(model)
+    generation = model.path / "generation_config.json"
+    return Source(
+        settings=read_hf_config(model.path),
+        weights=folder_weights(model.path),
+        generation=read_json_object(generation) if generation.is_file() else {},
+        tokenizer_folder=model.path,
+    )
 
 
 def folder_weights(folder: Path) -> Weights:
