@@ -52,6 +52,26 @@ class RowRange:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Several weights of the same width, one below the other."""
+
+    parts: tuple[Rows, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    def read(self, start: int, stop: int) -> Float32:
+        pieces, top = [], 0
+        for part in self.parts:
+            bottom = top + part.shape[0]
+            if start < bottom and stop > top:
+                pieces.append(part.read(max(start, top) - top, min(stop, bottom) - top))
+            top = bottom
+        return np.concatenate(pieces)
+
+
+@dataclass(frozen=True)
 class AddOne:
     """A norm weight that is stored as its distance from one (gemma)."""
 
