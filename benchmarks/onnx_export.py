@@ -74,6 +74,8 @@ def exports(model: Path, work: Path, rounds: int) -> dict[str, list[dict[str, fl
         "ours int4": [*ours, *one, "-o", str(work / "ours-int4"), "--precision", "int4"],
         "builder int4": [*builder, "-p", "int4", "-o", str(work / "builder-int4")],
     }
+    four = [*commands["ours int4"], "--embedding-bits", "4"]
+    commands["ours int4 all"] = [*four, "-o", str(work / "ours-int4-all")]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
@@ -164,7 +166,14 @@ def main() -> None:
         return lambda runs: statistics.median(run[key] for run in runs)
 
     table(exported, {"wall s": median("wall"), "CPU s": median("cpu"), "MiB": median("mib")})
-    names = ["builder fp32", "ours fp32", "two-tiers fp32", "builder int4", "ours int4"]
+    names = [
+        "builder fp32",
+        "ours fp32",
+        "two-tiers fp32",
+        "builder int4",
+        "ours int4 all",
+        "ours int4",
+    ]
     speed = speeds(work, names, options.rounds)
     print("\ntokens per CPU second")
     table(speed, {key: lambda row, key=key: row[key] for key in ("prefill", "decode")})  # type: ignore[misc]

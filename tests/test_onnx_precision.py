@@ -36,13 +36,13 @@ def emulate(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return (codes.float() * scale).reshape(rows, -1)[:, :columns]
 
 
-def emulated_reference(source: Path, bits: int) -> Reference:
+def emulated_reference(source: Path, bits: int, outer_bits: int = 8) -> Reference:
     reference = Reference(source, three_tiers(source))
     with torch.no_grad():
         for name, weight in reference.model.named_parameters():
             if weight.ndim == 2:
                 outer = "embed_tokens" in name or "lm_head" in name
-                weight.copy_(emulate(weight, 8 if outer else bits))
+                weight.copy_(emulate(weight, outer_bits if outer else bits))
     return reference
 
 
@@ -66,6 +66,17 @@ def test_block_weights_are_what_their_definition_says(
     limit = 2 * np.abs(emulated_reference(source, 8).logits(tokens(150)) - exact).max()
     assert np.abs(logits["int8"] - expected).max() < limit
     assert np.abs(expected - exact).max() > 1e-3, "the weights are quantized at all"
+
+
+def test_embedding_and_head_in_four_bits(tmp_path: Path, source: Path) -> None:
+    expected = emulated_reference(source, 4, outer_bits=4).logits(tokens(100))
+    options = {"precision": "int4", "accuracy_level": 0, "embedding_bits": 4}
+    folder = export(source, three_tiers(source), tmp_path / "out", **options)
+    np.testing.assert_allclose(
+        OnnxModel(folder, threads=1).logits(tokens(100)), expected, atol=2e-5
+    )
+    with pytest.raises(UnsupportedError, match="is for --precision int4, not int8"):
+        export(source, None, tmp_path / "no", precision="int8", embedding_bits=4)
 
 
 def test_half_precision(tmp_path: Path, source: Path) -> None:

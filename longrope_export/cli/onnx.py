@@ -53,6 +53,13 @@ from longrope_export.cli.common import (
     help="int8 and int4: 4 multiplies with 8-bit activations, 0 in fp32.",
 )
 @click.option(
+    "--embedding-bits",
+    type=click.Choice(["4", "8"]),
+    default="8",
+    show_default=True,
+    help="Of embedding and head in int4: 4 is smaller and faster, 8 closer to the model.",
+)
+@click.option(
     "--tokenizer",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder with tokenizer.json, for a GGUF [MODEL].",
@@ -72,6 +79,7 @@ def command(
     ops: str,
     max_length: int | None,
     accuracy_level: str,
+    embedding_bits: str,
     tokenizer: Path | None,
     dry_run: bool,
     force: bool,
@@ -95,7 +103,9 @@ def command(
     config = given_factors(factors, tiers, source, switch)
     resolved = source.path.resolve()
     target = output or resolved.with_name(f"{resolved.name.removesuffix('.gguf')}-onnx")
-    options = OnnxOptions(precision, ops, max_length, int(accuracy_level), tokenizer, force)
+    options = OnnxOptions(
+        precision, ops, max_length, int(accuracy_level), int(embedding_bits), tokenizer, force
+    )
     converter = OnnxConverter(options)
     check_folder(target, input_files(source.path, factors, tiers), force=force)
     total = converter.check(source, config)

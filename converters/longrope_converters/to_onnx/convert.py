@@ -31,6 +31,7 @@ class OnnxOptions:
         ops: "genai" (GroupQueryAttention) or "standard" (opset 23 alone).
         max_length: tokens that onnxruntime-genai allocates its cache for; None for the target.
         accuracy_level: of MatMulNBits (int8, int4): 0 computes in fp32, 4 with int8 activations.
+        embedding_bits: of embedding and head in int4; int8 has 8.
         tokenizer: folder of the tokenizer's files; None for the source's own.
         force: replace an existing export.
     """
@@ -39,6 +40,7 @@ class OnnxOptions:
     ops: str = "genai"
     max_length: int | None = None
     accuracy_level: int = 4
+    embedding_bits: int = 8
     tokenizer: Path | None = None
     force: bool = False
 
@@ -136,6 +138,11 @@ class OnnxConverter:
                 f"--max-length {length} is beyond the factors' target of "
                 f"{rope.max_position_embeddings} tokens"
             )
+        if self.options.embedding_bits != 8 and self.options.precision != "int4":
+            raise UnsupportedError(
+                f"--embedding-bits {self.options.embedding_bits} is for --precision int4, "
+                f"not {self.options.precision}"
+            )
         source = open_source(model)
         if self.options.tokenizer is not None:
             source = replace(source, tokenizer_folder=self.options.tokenizer, chat_template=None)
@@ -143,7 +150,11 @@ class OnnxConverter:
         # a cache of standard operators has no spare room, so its capacity cannot tell a length
         pinned = length or rope.max_position_embeddings if self.options.ops == "standard" else 0
         options = GraphOptions(
-            self.options.precision, self.options.ops, pinned, self.options.accuracy_level
+            self.options.precision,
+            self.options.ops,
+            pinned,
+            self.options.accuracy_level,
+            self.options.embedding_bits,
         )
         graph = build_decoder(decoder, rope, source.weights, options)
         rerotation = None

@@ -33,12 +33,14 @@ class GraphOptions:
         pinned_length: length that picks the tier where nothing else says it; 0 for the length of
             the sequence or, if larger, the capacity of the key-value cache.
         accuracy_level: of MatMulNBits: 0 computes in fp32, 4 quantizes activations to int8.
+        embedding_bits: of embedding and head in int8 and int4.
     """
 
     precision: str = "fp32"
     ops: str = "genai"
     pinned_length: int = 0
     accuracy_level: int = 4
+    embedding_bits: int = 8
 
 
 def build_decoder(
@@ -52,7 +54,9 @@ def build_decoder(
             standard operators.
     """
     graph = Graph(NUMPY_TYPES.get(options.precision, np.dtype(np.float32)), "decoder")
-    linear = Linear(graph, weights, options.precision, options.accuracy_level)
+    linear = Linear(
+        graph, weights, options.precision, options.accuracy_level, options.embedding_bits
+    )
     standard = options.ops == "standard"
     if standard and linear.bits:
         raise UnsupportedError(

@@ -15,7 +15,6 @@ from longrope_converters.to_onnx.weights import RowRange, Rows, Stacked
 from longrope_export.errors import UnsupportedError
 
 _BITS = {"int8": 8, "int4": 4}
-_EMBEDDING_BITS = 8  # int4, too: embedding and head are the most sensitive matrices
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,20 @@ class Linear:
     Args:
         precision: "fp32", "fp16", "int8" or "int4".
         accuracy_level: of MatMulNBits: 0 computes in fp32, 4 quantizes activations to int8.
+        embedding_bits: of embedding and head in int8 and int4.
     """
 
-    def __init__(self, graph: Graph, weights: Weights, precision: str, accuracy_level: int) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Weights,
+        precision: str,
+        accuracy_level: int,
+        embedding_bits: int,
+    ) -> None:
         self.graph, self.weights, self.precision = graph, weights, precision
         self.bits = _BITS.get(precision)
-        self.accuracy_level = accuracy_level
+        self.accuracy_level, self.embedding_bits = accuracy_level, embedding_bits
 
     def matrix(self, name: str, shape: tuple[int, int], has_bias: bool = False) -> Matrix:
         """A layer of the checkpoint.
@@ -91,21 +98,21 @@ class Linear:
         if self.bits is None:
             values = graph.rows(name, rows)
             return graph.op("Gather", values, tokens), Table(rows, values)
-        matrix = QuantizedMatrix(rows, _EMBEDDING_BITS)
+        matrix = QuantizedMatrix(rows, self.embedding_bits)
         if shape[1] % matrix.block_size:
             raise UnsupportedError(
                 f"{self.weights.where}: hidden_size {shape[1]} is no multiple of "
                 f"{matrix.block_size}, the block of --precision {self.precision}"
             )
-        packed, scales = self._quantized(rows, name, _EMBEDDING_BITS)
+        packed, scales = self._quantized(rows, name, self.embedding_bits)
         planned = next(tensor for tensor in graph.tensors if tensor.name == packed.name)
         x = graph.op(
             "GatherBlockQuantized",
-            graph.view(planned, f"{name}.flat", shape),
+            graph.view(planned, f"{name}.flat", (shape[0], shape[1] * self.embedding_bits // 8)),
             tokens,
             scales,
             domain=MICROSOFT,
-            bits=_EMBEDDING_BITS,
+            bits=self.embedding_bits,
             block_size=matrix.block_size,
             gather_axis=0,
             quantize_axis=1,
@@ -118,8 +125,8 @@ class Linear:
         rows = self.weights.take(f"{name}.weight", shape) if tied is None else tied.rows
         if self.bits is not None:
             pair = (tied.values, tied.scales) if tied and tied.scales else None
-            packed, scales = pair or self._quantized(rows, f"{name}.weight", _EMBEDDING_BITS)
-            return self._matmul_nbits(x, packed, scales, rows, _EMBEDDING_BITS)
+            packed, scales = pair or self._quantized(rows, f"{name}.weight", self.embedding_bits)
+            return self._matmul_nbits(x, packed, scales, rows, self.embedding_bits)
         # Gemm takes the rows as the checkpoint has them, and so can share the embedding
         values = graph.rows(f"{name}.weight", rows) if tied is None else tied.values
         flat = op("Reshape", x, graph.constant([-1, shape[1]], np.int64))
