@@ -156,6 +156,11 @@ def test_outputs_that_must_not_be_replaced(tmp_path: Path, llama: Path) -> None:
     (documents / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="not empty and holds no"):
         export(llama, None, documents, force=True)
+    annotated = export(llama, None, tmp_path / "annotated")
+    (annotated / "notes.txt").write_text("measured")
+    with pytest.raises(OutputError, match=r"no export writes \(notes.txt\)"):
+        export(llama, None, annotated, force=True)
+    assert (annotated / "notes.txt").read_text() == "measured"
     with pytest.raises(OutputError, match="is a file"):
         export(llama, None, documents / "thesis.txt", force=True)
     with pytest.raises(OutputError, match="the input"):

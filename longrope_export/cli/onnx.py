@@ -108,7 +108,7 @@ def command(
     )
     converter = OnnxConverter(options)
     check_folder(target, input_files(source.path, factors, tiers), force=force)
-    total = converter.check(source, config)
+    total = converter.planned_bytes(source, config)
     if dry_run:
         say(f"{target}: would be written from {source.path}, {total:,} bytes of weights")
         return

@@ -51,20 +51,20 @@ class OnnxConverter:
     def __init__(self, options: OnnxOptions | None = None) -> None:
         self.options = options or OnnxOptions()
 
-    def check(self, model: Model, config: LongRopeConfig | None) -> int:
+    def check(self, model: Model, config: LongRopeConfig | None) -> None:
         """Refuse what cannot be written, by building the graph without reading a weight.
-
-        Returns:
-            Bytes of the weights that `convert` will write.
 
         Raises:
             UnsupportedError: a family, a field or an option that the exporter does not know.
             ModelError: the checkpoint does not hold what its settings promise.
             ToolError: a package of the `onnx` extra is missing.
         """
-        return sum(
-            tensor.num_bytes for tensor in self._build(model, config or model.native).graph.tensors
-        )
+        self._build(model, config or model.native)
+
+    def planned_bytes(self, model: Model, config: LongRopeConfig | None) -> int:
+        """Size of the weights that `convert` will write, in bytes; raises what `check` does."""
+        plan = self._build(model, config or model.native)
+        return sum(tensor.num_bytes for tensor in plan.graph.tensors)
 
     def convert(
         self, model: Model, config: LongRopeConfig | None, output: Path, progress: Progress

@@ -13,6 +13,21 @@ from pathlib import Path
 from longrope_export.errors import OutputError
 
 MARKER = "model.onnx"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+#: every name that an export writes
+EXPORTED = frozenset(
+    {MARKER, "model.onnx.data", "rerotate.onnx", "genai_config.json", *TOKENIZER_FILES}
+)
 
 
 def check_folder(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
@@ -20,7 +35,7 @@ def check_folder(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
 
     Args:
         inputs: files and folders that are read.
-        force: allow an export of this kind (it holds model.onnx) to be replaced.
+        force: allow an export to be replaced: a folder with model.onnx and nothing foreign.
 
     Raises:
         OutputError: with what to do about it. Nothing has been written yet.
@@ -48,6 +63,12 @@ def check_folder(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
         raise OutputError(
             f"output folder {output} is not empty and holds no {MARKER}: it is not replaced, "
             f"with --force neither; choose another name with -o"
+        )
+    strangers = sorted({path.name for path in output.iterdir()} - EXPORTED)
+    if strangers:
+        raise OutputError(
+            f"output folder {output} holds what no export writes ({', '.join(strangers[:5])}), "
+            f"which would be lost: move it away, or choose another name with -o"
         )
     if not force:
         raise OutputError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope_converters.to_onnx.description import Decoder
+from longrope_converters.to_onnx.folder_output import TOKENIZER_FILES
 from longrope_converters.to_onnx.source import Source
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
@@ -15,17 +16,6 @@ from longrope_export.honours import YES, Cell, Verdict, fields_in_use
 # any decoder-only model; never "phi3", "phimoe" or "phi3small", at whose names onnxruntime-genai
 # throws the cache away at 4097 or 8193 tokens, whatever the model says
 MODEL_TYPE = "decoder"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
