@@ -45,7 +45,7 @@ $(VENV)/.user: pyproject.toml
 $(VENV)/.dev: pyproject.toml requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e '.[plots,build,hub]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e '.[plots,build,hub,onnx]'
 	touch $@ $(VENV)/.user
 
 clean:

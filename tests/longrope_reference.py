@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import transformers
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -110,7 +114,8 @@ def reference_logits(
         for tier in sorted(set(tiers)):
             rows = torch.tensor([i for i, t in enumerate(tiers) if t == tier])
             chosen = config.tiers[tier]
-            if config.layers is None or layer in config.layers:
+            local = window is not None and local_theta is not None
+            if not local and (config.layers is None or layer in config.layers):
                 theta, factors = config.rope_theta, list(chosen.rescale_factors)
                 start, scale = chosen.num_start_tokens, chosen.attention_factor
             else:
@@ -139,3 +144,32 @@ def reference_logits(
     finally:
         model.config._attn_implementation = before
     return result.logits[0].float()
+
+
+class Reference:
+    """The definition for a model folder.
+
+    Args:
+        local_theta: base of the layers with a sliding window (gemma3), where they have their own.
+    """
+
+    def __init__(
+        self, folder: Path, config: LongRopeConfig, local_theta: float | None = None
+    ) -> None:
+        self.config, self.local_theta = config, local_theta
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
+
+    def logits(self, tokens: Any) -> npt.NDArray[np.float32]:
+        """(n, vocabulary) of one whole sequence."""
+        ids = [int(token) for token in tokens]
+        logits = reference_logits(self.model, self.config, ids, local_theta=self.local_theta)
+        return logits.numpy()
+
+    def generate(self, tokens: Any, count: int) -> list[int]:
+        """Greedy, every step from nothing."""
+        out = [int(token) for token in tokens]
+        for _ in range(count):
+            out.append(int(self.logits(out)[-1].argmax()))
+        return out[len(tokens) :]

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "factors": ("factors", "Make factors by a closed form, or read them from another file."),
     "gguf": ("gguf", "Write a GGUF with the factors baked in."),
     "safetensors": ("safetensors", "Write a Hugging Face folder that every engine loads."),
+    "onnx": ("onnx", "Write an ONNX folder with the factors in the graph."),
     "llama-cpp": ("llama_cpp", "Build and run the pinned llama.cpp."),
     "demo": ("demo", "Take a real 8k model to 32k in llama.cpp, from nothing."),
 }

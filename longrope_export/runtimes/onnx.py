@@ -1,0 +1,356 @@
+"""Run an exported folder with plain ONNX Runtime, under the rule that its config declares.
+
+ONNX Runtime runs one call at a time and knows nothing of tiers. What makes a sequence of calls
+right is done here: the tier of every call is named, a prompt is cut at the borders, and cached keys
+are rotated again (`causal`) or recomputed (`sequence`) when a sequence crosses one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ConfigError, ModelError, ToolError
+from longrope_export.factor_files import from_json
+
+Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
+Logits = npt.NDArray[np.float32]
+
+DEFAULT_CHUNK = 1024
+_SMALLEST_CAPACITY = 256
+_SEVERITY_ERROR = 3
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+
+
+class OnnxModel:
+    """A folder written by `longrope-export onnx`.
+
+    Args:
+        folder: holds model.onnx, and rerotate.onnx where the config asks for one.
+        providers: execution providers of ONNX Runtime, in order of preference.
+        threads: of ONNX Runtime; None for its default.
+
+    Raises:
+        ToolError: onnxruntime is not installed.
+        ModelError: no such folder, a damaged file, or a model that is not one of ours.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self._open = _session_opener(providers, threads)
+        self.session = self._open(folder / "model.onnx")
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.config = _read_metadata(metadata, folder / "model.onnx")
+        self.ops: str = metadata.get("longrope.ops", "")
+        self.precision: str = metadata.get("longrope.precision", "")
+        self.caches = {
+            value.name: value
+            for value in self.session.get_inputs()
+            if value.name.startswith("past")
+        }
+        self._rerotation: Any = None
+
+    def start(
+        self, *, declared_length: int | None = None, chunk_size: int = DEFAULT_CHUNK
+    ) -> OnnxSequence:
+        """An empty sequence.
+
+        Args:
+            declared_length: tokens that the sequence will have in the end. Under `sequence` it
+                picks the tier from the beginning, so that nothing is recomputed; under `causal`
+                it changes nothing.
+            chunk_size: most tokens of one call; smaller needs less memory.
+        """
+        return OnnxSequence(self, declared_length, chunk_size)
+
+    def logits(self, tokens: Tokens, *, chunk_size: int = DEFAULT_CHUNK) -> Logits:
+        """(len(tokens), vocabulary) float32 logits of one sequence.
+
+        Raises:
+            ConfigError: no tokens, or more than the config's target.
+        """
+        return self.start(declared_length=len(tokens), chunk_size=chunk_size).append(tokens)
+
+    def logits_of_batch(self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike) -> Logits:
+        """Logits of padded sequences, each with positions from 0; the padding may be on any side.
+
+        Rows are run one by one: ONNX Runtime's attention takes no padding on the left, and only
+        sequences under one tier together.
+
+        Args:
+            input_ids: (batch, tokens) integers.
+            attention_mask: (batch, tokens), 1 for tokens, 0 for padding.
+
+        Returns:
+            (batch, tokens, vocabulary) float32, zero at the padding.
+
+        Raises:
+            ConfigError: the shapes differ, or a mask has holes or no token.
+        """
+        ids, mask = np.asarray(input_ids), np.asarray(attention_mask).astype(bool)
+        if ids.ndim != 2 or ids.shape != mask.shape:
+            raise ConfigError(
+                f"input_ids and attention_mask must be (batch, tokens), got {ids.shape} and {mask.shape}"
+            )
+        rows = []
+        for row, used in zip(ids, mask, strict=True):
+            places = np.flatnonzero(used)
+            if not len(places) or len(places) != places[-1] - places[0] + 1:
+                raise ConfigError("attention_mask: each row must be one run of ones, without holes")
+            rows.append((places, self.logits(row[used])))
+        out = np.zeros((*ids.shape, rows[0][1].shape[-1]), np.float32)
+        for index, (places, logits) in enumerate(rows):
+            out[index, places] = logits
+        return out
+
+    def generate(
+        self,
+        tokens: Tokens,
+        max_new_tokens: int,
+        *,
+        end_tokens: Sequence[int] = (),
+        choose: Callable[[Logits], int] = lambda logits: int(logits.argmax()),
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+    ) -> Iterator[int]:
+        """New tokens, one at a time, the end token included.
+
+        Args:
+            choose: the next token from (vocabulary,) float32 logits; greedy without it.
+            declared_length: see start; without it a `sequence` config moves to a longer tier,
+                and recomputes, only when it must.
+        """
+        sequence = self.start(declared_length=declared_length, chunk_size=chunk_size)
+        logits = sequence.append(tokens, keep=1)
+        for count in range(max_new_tokens):
+            token = choose(logits[-1])
+            yield token
+            if token in end_tokens or count + 1 == max_new_tokens:
+                return
+            logits = sequence.append([token])
+
+    def rerotate(
+        self, keys: dict[str, Any], capacity: int, old: FactorTier, new: FactorTier
+    ) -> None:
+        """Run rerotate.onnx on key caches (name -> OrtValue), in place of the old values."""
+        if self._rerotation is None:
+            self._rerotation = self._open(self.folder / "rerotate.onnx")
+        session = self._rerotation
+        binding = session.io_binding()
+        binding.bind_cpu_input("position_ids", np.arange(capacity, dtype=np.int64)[None])
+        binding.bind_cpu_input("from_length", np.asarray([[old.max_length]], np.int64))
+        binding.bind_cpu_input("to_length", np.asarray([[new.max_length]], np.int64))
+        names = [value.name for value in session.get_inputs() if value.name.startswith("past")]
+        for name in names:
+            binding.bind_ortvalue_input(name, keys[name])
+            binding.bind_output(_present(name))
+        session.run_with_iobinding(binding)
+        for name, value in zip(names, binding.get_outputs(), strict=True):
+            keys[name] = value
+
+
+class OnnxSequence:
+    """One sequence with its key-value cache. Made by OnnxModel.start."""
+
+    def __init__(self, model: OnnxModel, declared_length: int | None, chunk_size: int) -> None:
+        if chunk_size < 1:
+            raise ConfigError(f"chunk_size must be at least 1 token, got {chunk_size}")
+        if declared_length is not None:
+            model.config.select_tier(declared_length)
+        self.model = model
+        self.tokens: list[int] = []
+        self.tier: FactorTier | None = None
+        self._declared, self._chunk = declared_length or 0, chunk_size
+        self._caches: dict[str, Any] = {}
+        self._capacity = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return len(self.tokens)
+
+    def append(self, tokens: Tokens, *, keep: int | None = None) -> Logits:
+        """Run more tokens behind those before.
+
+        Args:
+            tokens: (n,) token ids, at least one.
+            keep: return the logits of the last `keep` tokens alone; None for all of them.
+
+        Returns:
+            (n or keep, vocabulary) float32.
+
+        Raises:
+            ConfigError: no tokens, or more than the config's target. The sequence is as before.
+        """
+        added = [int(token) for token in tokens]
+        if not added:
+            raise ConfigError("append needs at least one token")
+        total = self.length + len(added)
+        config = self.model.config
+        final = config.select_tier(max(total, self._declared))
+        wanted = len(added) if keep is None else min(keep, len(added))
+        if config.switch is SwitchPolicy.SEQUENCE and self.tier is not final:
+            self.tier = final  # the whole sequence under the new tier, keys and values anew
+            added, self.tokens, self._caches, self._capacity = self.tokens + added, [], {}, 0
+        self._reserve(total)
+        kept = []
+        while added:
+            count = self._next_count(len(added))
+            rest = len(added) - count
+            self._enter_tier(self.length + count)
+            logits = self._run(added[:count], min(max(wanted - rest, 1), count))
+            if wanted > rest:
+                kept.append(logits)
+            self.tokens += added[:count]
+            added = added[count:]
+        return np.concatenate(kept)
+
+    def _next_count(self, waiting: int) -> int:
+        """Tokens of the next call: up to a chunk, and under `causal` up to the next border."""
+        count = min(waiting, self._chunk)
+        config = self.model.config
+        if config.switch is SwitchPolicy.CAUSAL:
+            border = config.select_tier(self.length + 1).max_length
+            count = min(count, border - self.length)
+        return count
+
+    def _enter_tier(self, length: int) -> None:
+        if self.model.config.switch is SwitchPolicy.SEQUENCE:
+            return
+        tier = self.model.config.select_tier(length)
+        if self.tier is not None and tier is not self.tier:
+            self.model.rerotate(self._caches, self._filled(), self.tier, tier)
+        self.tier = tier
+
+    def _filled(self) -> int:
+        """Columns of the cache: all that is allocated, or what the sequence has."""
+        return self._capacity if self._shares_buffers else self.length
+
+    @property
+    def _shares_buffers(self) -> bool:
+        return self.model.ops == "genai"
+
+    def _reserve(self, length: int) -> None:
+        """Allocate caches of at least `length` tokens, twice as much each time."""
+        from onnxruntime import OrtValue
+
+        if not self._caches and not self._shares_buffers:
+            self._caches = {
+                name: OrtValue.ortvalue_from_numpy(_empty_cache(value, 0))
+                for name, value in self.model.caches.items()
+            }
+        if not self._shares_buffers or length <= self._capacity:
+            return
+        limit = self.model.config.max_position_embeddings
+        capacity = max(length, self._declared, _SMALLEST_CAPACITY, 2 * self._capacity)
+        capacity = max(length, min(capacity, limit))
+        for name, value in self.model.caches.items():
+            larger = _empty_cache(value, capacity)
+            smaller = self._caches.get(name)  # numpy() is a view: its owner has to live on
+            if smaller is not None:
+                larger[:, :, : self._capacity] = smaller.numpy()
+            self._caches[name] = OrtValue.ortvalue_from_numpy(larger)
+        self._capacity = capacity
+
+    def _run(self, tokens: list[int], keep: int) -> Logits:
+        from onnxruntime import OrtValue
+
+        assert self.tier is not None
+        start, total = self.length, self.length + len(tokens)
+        binding = self.model.session.io_binding()
+        for name, array in (
+            ("input_ids", np.asarray([tokens], np.int64)),
+            ("attention_mask", np.ones((1, total), np.int64)),
+            ("position_ids", np.arange(start, total, dtype=np.int64)[None]),
+            ("rope_length", np.asarray([[self.tier.max_length]], np.int64)),
+            ("num_logits_to_keep", np.asarray([keep], np.int64)),
+        ):
+            # bind_cpu_input knows no optional inputs
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        binding.bind_output("logits")
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(name, cache)
+            if self._shares_buffers:
+                binding.bind_ortvalue_output(_present(name), cache)
+            else:
+                binding.bind_output(_present(name))
+        self.model.session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        if not self._shares_buffers:
+            self._caches = dict(zip(self._caches, outputs[1:], strict=True))
+        logits: Logits = outputs[0].numpy()[0].astype(np.float32)
+        return logits
+
+
+def read_config(folder: Path) -> LongRopeConfig:
+    """The config that a folder, or a model.onnx, was exported with; weights are not read.
+
+    Raises:
+        ToolError: the package onnx is not installed.
+        ModelError: no such file, no ONNX file, or not one of ours.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise ToolError("reading ONNX files needs: pip install 'longrope-export[onnx]'") from error
+    path = folder / "model.onnx" if folder.is_dir() else folder
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf has no exception class of its own to catch
+        raise ModelError(f"{path}: cannot read as ONNX: {error}") from error
+    return _read_metadata({entry.key: entry.value for entry in model.metadata_props}, path)
+
+
+def _read_metadata(metadata: dict[str, str], path: Path) -> LongRopeConfig:
+    text = metadata.get("longrope.config")
+    if text is None:
+        raise ModelError(
+            f"{path}: no metadata longrope.config: not written by `longrope-export onnx`"
+        )
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: metadata longrope.config is damaged: {error}") from error
+    return from_json(values, f"{path}: longrope.config")
+
+
+def _session_opener(providers: Sequence[str], threads: int | None) -> Callable[[Path], Any]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ToolError("running ONNX needs: pip install 'longrope-export[onnx]'") from error
+
+    def open_session(path: Path) -> Any:
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file; make it with `longrope-export onnx`")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _SEVERITY_ERROR  # optional inputs draw a warning each
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            return onnxruntime.InferenceSession(path, options, providers=list(providers))
+        except Exception as error:  # ONNX Runtime's own classes share no base but Exception
+            raise ModelError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+
+    return open_session
+
+
+def _present(past_name: str) -> str:
+    return past_name.replace("past_key_values", "present")
+
+
+def _empty_cache(value: Any, capacity: int) -> npt.NDArray[Any]:
+    _, heads, _, head_dim = value.shape
+    return np.zeros((1, heads, capacity, head_dim), np.dtype(_TYPES[value.type]))
