@@ -33,9 +33,8 @@ class AttentionConfig:
     _attn_implementation = NAME
 
     def __init__(self, module: nn.Module, is_rescaled: bool, is_exempt: bool) -> None:
-        self.original = module.config
+        self.original: Any = module.config
         self.eager = sys.modules[type(module).__module__].eager_attention_forward
-        self._found: tuple[str, Attention] = ("eager", self.eager)
         self.module = ModuleView(module, module.config)
         self.is_rescaled, self.is_exempt = is_rescaled, is_exempt
 
@@ -47,9 +46,7 @@ class AttentionConfig:
     def own_attention(self) -> tuple[str, Attention]:
         """Name and function of the attention that the module would have called."""
         name = self.original._attn_implementation
-        if name != self._found[0]:
-            self._found = (name, ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager))
-        return self._found
+        return name, ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
 
 
 class ModuleView:
@@ -81,7 +78,8 @@ def longrope_attention(
         longrope_query_scale: (batch, n) float32, log scaling of the queries.
     """
     config: Any = module.config
-    name, attend = config.own_attention()
+    found: tuple[str, Attention] = config.own_attention()
+    name, attend = found
     owner = module if name in ("sdpa", "eager") else config.module
     if longrope_query_scale is not None and not config.is_exempt:
         query = (query.float() * longrope_query_scale[:, None, :, None]).to(query.dtype)
