@@ -101,6 +101,15 @@ def test_the_command(tmp_path: Path, llama: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "out"]
 
 
+def test_without_the_extra_the_pip_line_is_given(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    result = invoke(llama, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "pip install 'longrope-export[onnx]'" in result.stderr
+
+
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path, llama: Path) -> None:
     def refusal(source: Path, *options: object) -> str:
         result = invoke(source, "-o", tmp_path / "out", *options)

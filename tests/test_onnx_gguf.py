@@ -53,12 +53,12 @@ def test_the_same_weights_and_graph_as_from_the_folder(tmp_path: Path, name: str
 
 def test_quantized_blocks_are_undone_as_the_gguf_package_does(tmp_path: Path) -> None:
     source, gguf = make_pair(tmp_path, "llama", "q8_0")
-    stored = load_file(source / "model.safetensors")["model.layers.1.self_attn.v_proj.weight"]
+    stored = load_file(source / "model.safetensors")["model.layers.1.self_attn.o_proj.weight"]
     q8_0 = GGMLQuantizationType.Q8_0
     expected = dequantize(quantize(stored, q8_0), q8_0)
     folder = export(gguf, None, tmp_path / "out")
     np.testing.assert_array_equal(
-        initializers(folder)["model.layers.1.self_attn.v_proj.weight"], expected.T
+        initializers(folder)["model.layers.1.self_attn.o_proj.weight"], expected.T
     )
 
 
