@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf.constants import GGUFValueType
 from gguf_files import gguf_keys, write_gguf_file
 from longrope_rotary import tokens
 from safetensors import safe_open
@@ -29,7 +28,8 @@ from longrope_converters.to_safetensors import gguf_tokenizer
 from longrope_export.config import LongRopeConfig
 from longrope_export.demo.material import fetch_smollm2
 from longrope_export.errors import GgufError, UnsupportedError
-from longrope_export.gguf_format import make_array, make_key_value, read_header
+from longrope_export.gguf_format import read_header
+from longrope_export.gguf_values import ValueType, make_array, make_key_value
 from longrope_export.ladder import make_config
 from longrope_export.llama_cpp.source import fetch_source
 from longrope_export.models.model import load_model
@@ -304,7 +304,7 @@ def small_gguf(path: Path, *extra: Any, **tensors: Any) -> Path:
     weights = {f"{n}.weight": random.standard_normal(s) for n, s in shapes.items()}
     weights.update(tensors)
     present = {name: values for name, values in weights.items() if values is not None}
-    norm = make_key_value("llama.attention.layer_norm_rms_epsilon", GGUFValueType.FLOAT32, 1e-5)
+    norm = make_key_value("llama.attention.layer_norm_rms_epsilon", ValueType.FLOAT32, 1e-5)
     keys = [*gguf_keys(block_count=1, feed_forward_length=96), norm, *extra]
     return write_gguf_file(path, keys, present)
 
@@ -315,14 +315,14 @@ def test_a_file_made_by_hand(tmp_path: Path) -> None:
 
 
 def number(name: str, value: int) -> Any:
-    return make_key_value(f"llama.{name}", GGUFValueType.UINT32, value)
+    return make_key_value(f"llama.{name}", ValueType.UINT32, value)
 
 
 ODD = {
     "mixture of experts": ((number("expert_count", 4),), {}),
     "has no such tensors: blk.0.extra.weight": ((), {"blk.0.extra.weight": np.ones(3)}),
     "differs by layer": (
-        (make_array("llama.attention.head_count_kv", GGUFValueType.UINT32, [2, 4]),),
+        (make_array("llama.attention.head_count_kv", ValueType.UINT32, [2, 4]),),
         {},
     ),
     "heads of different sizes": ((number("attention.value_length", 8),), {}),

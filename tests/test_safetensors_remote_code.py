@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf_reference
 import numpy as np
 import pytest
 from longrope_rotary import tokens
@@ -15,9 +16,6 @@ from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig
 from longrope_export.definition import to_json
 from longrope_export.errors import UnsupportedError
 from longrope_export.models.model import load_model
-
-pytest.importorskip("longrope_export.hf_runtime.remote_code")
-hf_reference = pytest.importorskip("hf_reference")
 
 FAMILIES = ("Llama", "Qwen3", "Gemma3")
 LENGTHS = (20, 45)

@@ -31,7 +31,7 @@ from longrope_converters.to_gguf.stream import default_threads
 from longrope_converters.to_safetensors.gguf_settings import GgufTensor
 from longrope_converters.to_safetensors.weights import Progress
 from longrope_export.errors import UnsupportedError
-from longrope_export.gguf_format import tensor_bytes
+from longrope_export.gguf_values import tensor_bytes
 from longrope_export.stock_rope import DEFINITION_KEY
 
 _CHUNK_ELEMENTS = 1 << 18

@@ -18,10 +18,11 @@ from gguf.quants import dequantize
 
 from longrope_converters.to_gguf.checkpoint import name_some
 from longrope_converters.to_gguf.families import NATIVE, ExpectedTensor, expected_tensors
-from longrope_converters.to_gguf.shards import find_shards
+from longrope_converters.to_gguf.shards import read_shards
 from longrope_export.errors import GgufError, UnsupportedError
-from longrope_export.gguf_format import GgufHeader, TensorInfo, read_header, tensor_bytes
+from longrope_export.gguf_format import GgufHeader, TensorInfo
 from longrope_export.gguf_keys import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
+from longrope_export.gguf_values import tensor_bytes
 from longrope_export.models.hf_config import HfConfig
 from longrope_export.models.model import Model
 
@@ -67,7 +68,7 @@ def read_gguf_model(model: Model) -> GgufModel:
             a model of this architecture does not have.
         GgufError: missing keys or tensors, shapes that do not fit.
     """
-    headers = [read_header(shard) for shard in find_shards(model.path)]
+    headers = read_shards(model.path)
     header, family = headers[0], model.family.name
     found = {info.name: (file, info) for file in headers for info in file.tensors}
     if header.architecture != family or family not in (*NATIVE, *_GEMMAS) or family == "minicpm":
