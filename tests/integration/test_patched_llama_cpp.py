@@ -33,8 +33,7 @@ pytestmark = pytest.mark.integration
 
 LENGTH = 200
 BORDERS = (64, 128, 256)
-MAX_DIFFERENCE, MAX_KL = 1e-3, 1e-6  # of the issue; measured: 4e-5 and 1e-10
-LIMIT = 2e-4
+LIMIT, KL_LIMIT = 2e-4, 1e-9  # measured: 4e-5 and 1e-10
 SEED = np.random.default_rng(7)
 TOKENS = SEED.integers(3, 300, LENGTH).tolist()
 OTHER = SEED.integers(3, 300, 40).tolist()
@@ -64,14 +63,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 STOCK_CONVERTED = ("gemma2", "gemma3", "mixtral", "qwen3_moe")
 
 
-class GgmlGelu(torch.nn.Module):
-    """ggml's GELU on a CPU: the tanh form from a table of float16, up to 10 either way."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        table = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
-        return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, table))
-
-
 class Toy:
     """One random model: its folder, its GGUF without factors, its logits by transformers."""
 
@@ -79,6 +70,8 @@ class Toy:
         self.folder, self.plain = root / family, root / f"{family}.gguf"
         settings = {"initializer_range": 0.15, **FAMILIES[family]}
         make_model(self.folder, family, dtype="float32", **settings)
+        if family.startswith("gemma"):
+            quieten_mlp(self.folder)
         if family == "phi3":
             add_sentencepiece(self.folder)
             path = self.folder / "tokenizer_config.json"
@@ -95,9 +88,6 @@ class Toy:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=torch.float32
         ).eval()
-        if family.startswith("gemma"):
-            for layer in self.model.model.layers:
-                layer.mlp.act_fn = GgmlGelu()
 
     def config(self, rule: str, **changes: Any) -> LongRopeConfig:
         native = load_model(self.folder).native
@@ -129,6 +119,14 @@ class Toy:
     def reference(self, config: LongRopeConfig, tokens: list[int], **how: Any) -> Logits:
         local = 10000.0 if self.family == "gemma3" else None
         return reference_logits(self.model, config, tokens, local_theta=local, **how).numpy()
+
+
+def quieten_mlp(folder: Path) -> None:
+    """ggml's GELU is a table of float16: its steps of 5e-4 would hide what is measured here."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.post_feedforward_layernorm.weight, -0.98)  # scales by 0.02
+    model.save_pretrained(folder)
 
 
 def convert(source: Path, config: LongRopeConfig | None, output: Path) -> None:
@@ -167,13 +165,11 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return made
 
 
-def assert_close(got: Logits, wanted: Logits, family: str = "llama") -> None:
-    # the GELU table has steps of 5e-4, which the last bit of an activation can cross
-    limit, kl = (MAX_DIFFERENCE, MAX_KL) if family.startswith("gemma") else (LIMIT, 1e-9)
+def assert_close(got: Logits, wanted: Logits) -> None:
     difference = np.abs(got - wanted).max()
     p, q = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (wanted, got))
     divergence = float((p.exp() * (p - q)).sum(-1).max())
-    assert difference <= limit and divergence <= kl, (difference, divergence)
+    assert difference <= LIMIT and divergence <= KL_LIMIT, (difference, divergence)
 
 
 def in_chunks(size: int, tokens: list[int] = TOKENS) -> list[str]:
@@ -210,13 +206,13 @@ def test_logits_equal_the_reference(
         ),
         toy.reference(replace(config, logit_scaling=None), TOKENS),
     )
-    assert min(np.abs(other - wanted).max() for other in others) > 5 * MAX_DIFFERENCE
+    assert min(np.abs(other - wanted).max() for other in others) > 25 * LIMIT
     path = toy.gguf(config, rule)
     for ubatch, chunk in WAYS.values():
         declare = [f"length 0 {LENGTH}"] if rule == "sequence" else []
         script = [CONTEXT.format(ubatch, ""), *declare, *in_chunks(chunk)]
         got, _ = driver.run(path, script)
-        assert_close(got.reshape(LENGTH, -1), wanted, family)
+        assert_close(got.reshape(LENGTH, -1), wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -269,7 +265,7 @@ def test_sequences_of_one_batch_stand_on_their_own_tiers(
     for sequence, count in ((0, 60), (1, 40), (0, 90), (2, 10), (0, 50), (1, 50)):
         parts[sequence] += [next(rows) for _ in range(count)]
     for sequence, tokens in ((0, TOKENS), (1, OTHER + TOKENS[:50]), (2, OTHER[:10])):
-        assert_close(np.stack(parts[sequence]), toy.reference(config, tokens), family)
+        assert_close(np.stack(parts[sequence]), toy.reference(config, tokens))
 
 
 @cache
@@ -333,4 +329,4 @@ def test_saved_states_keep_their_tier(
         script += [add(0, 150, TOKENS[150:]), "decode"]
         got, _ = driver.run(toy.gguf(config, "causal"), script)
         logits = got.reshape(-1, toy.model.config.vocab_size)
-        assert_close(logits[155:], toy.reference(config, TOKENS)[150:], family)
+        assert_close(logits[155:], toy.reference(config, TOKENS)[150:])
