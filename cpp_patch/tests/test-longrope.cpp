@@ -622,6 +622,8 @@ static void test_many_tiers() {
 
 // all other architectures that are allowed agree with themselves when a prompt is cut to pieces
 static void test_architectures() {
+    constexpr double limit = 10 * LIMIT;  // logits of gemma reach 140
+
     for (const char * arch : { "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "granite", "minicpm" }) {
         for (const bool unified : { false, true }) {
             const config c     = tiny::ladder();
@@ -635,14 +637,14 @@ static void test_architectures() {
             const auto expected = whole.decode(tokens);
             for (const int n_ubatch : { 512, 5 }) {
                 session s(model.get(), { (uint32_t) n_ubatch, 1, unified });
-                close_to(s.decode(tokens, 3), expected, std::string(arch) + " in batches of 3");
+                close_to(s.decode(tokens, 3), expected, std::string(arch) + " in batches of 3", limit);
                 session half(model.get(), { (uint32_t) n_ubatch, 1, unified });
                 half.decode(slice(tokens, 0, 20));
                 session next(model.get(), { (uint32_t) n_ubatch, 1, unified });
                 check(next.restore(half.save()), "restore");
                 close_to(next.decode(slice(tokens, 20, 56)),
                          std::vector<std::vector<float>>(expected.begin() + 20, expected.end()),
-                         std::string(arch) + " after a restored state");
+                         std::string(arch) + " after a restored state", limit);
             }
         }
     }
