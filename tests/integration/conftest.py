@@ -23,8 +23,14 @@ def programs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def driver(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    libraries = {True: require_binaries(("llama-completion",), build=True), False: programs}
+def patched() -> Path:
+    """Folder of our own build, which the package itself runs."""
+    return require_binaries(("llama-completion", "llama-quantize"), build=True)
+
+
+@pytest.fixture(scope="session")
+def driver(programs: Path, patched: Path, tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    libraries = {True: patched, False: programs}
     folder = tmp_path_factory.mktemp("driver")
     source = fetch_source()  # the longrope functions are looked up at run time
     includes = [f"-I{source / name}" for name in ("include", "ggml/include")]

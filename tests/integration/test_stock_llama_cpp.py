@@ -210,6 +210,7 @@ def test_hundreds_of_tiers_load_in_stock_llama_cpp(
     assert math.isfinite(llama_cpp_perplexity(programs, output, text, WINDOW))
 
 
+@pytest.mark.usefixtures("patched")  # converting runs our own llama-quantize
 @pytest.mark.parametrize("outtype", ["q4_k_m", "q4_0", "q6_k"])
 def test_types_of_llama_quantize(outtype: str, programs: Path, text: Path, tmp_path: Path) -> None:
     settings = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
