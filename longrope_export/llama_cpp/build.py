@@ -151,6 +151,8 @@ def _run_cmake(
     configure += [f"-DLONGROPE_PATCH={'ON' if patched else 'OFF'}"]
     configure += cmake_options(options)
     cache = build.folder / "CMakeCache.txt"
+    if cache.exists() and not _configured_from(cache, cpp):
+        cache.unlink()  # another checkout with the same files: what it compiled stays good
     if not cache.exists() and (ninja := _find_program("ninja")):
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
 
@@ -179,6 +181,11 @@ def _run_cmake(
         raise ToolError(
             f"{title} llama.cpp failed (exit {status}):\n{tail}\nWhole log: {build.log}"
         )
+
+
+def _configured_from(cache: Path, folder: Path) -> bool:
+    text = cache.read_text(encoding="utf-8", errors="replace")
+    return f"CMAKE_HOME_DIRECTORY:INTERNAL={folder}\n" in text
 
 
 def _run(command: list[str], write: Callable[[str], object], report: Report, lock: int) -> int:
