@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from longrope_converters.base import ExportReport
     from longrope_export.config import LongRopeConfig
     from longrope_export.models.model import Model
 
@@ -109,6 +110,16 @@ def json_option(command: F) -> F:
 
 def force_option(command: F) -> F:
     return click.option("-f", "--force", is_flag=True, help="Replace an existing output.")(command)
+
+
+def say_report(report: ExportReport, max_length: int | None, *, as_json: bool) -> None:
+    """What was written: for people, and as JSON if asked for."""
+    if as_json:
+        print_json(report.to_json())
+    length = "" if max_length is None else f", up to {max_length} tokens"
+    say(f"{report.output}: {report.num_bytes:,} bytes ({report.route}){length}")
+    for note in report.notes:
+        say(f"  note: {note}")
 
 
 def is_quiet() -> bool:

@@ -16,8 +16,8 @@ from longrope_export.cli.common import (
     input_files,
     json_option,
     model_options,
-    print_json,
     say,
+    say_report,
 )
 
 
@@ -110,12 +110,8 @@ def command(
     total = _source_bytes(source.path)
     with byte_progress(target.name, total) as progress:
         report = converter.convert(source, config, target, progress)
-    if as_json:
-        print_json(report.to_json())
-    length = "" if config is None else f", up to {config.max_position_embeddings} tokens"
-    say(f"{report.output}: {report.num_bytes:,} bytes ({report.route}){length}")
-    for note in report.notes:
-        say(f"  note: {note}")
+    length = None if config is None else config.max_position_embeddings
+    say_report(report, length, as_json=as_json)
 
 
 def _default_output(model: str, outtype: str | None, *, is_file: bool) -> Path:

@@ -16,8 +16,8 @@ from longrope_export.cli.common import (
     input_files,
     json_option,
     model_options,
-    print_json,
     say,
+    say_report,
 )
 
 
@@ -114,9 +114,5 @@ def command(
         return
     with byte_progress(target.name, total) as progress:
         report = converter.convert(source, config, target, progress)
-    if as_json:
-        print_json(report.to_json())
     length = (config or source.native).max_position_embeddings
-    say(f"{report.output}: {report.num_bytes:,} bytes ({report.route}), up to {length} tokens")
-    for note in report.notes:
-        say(f"  note: {note}")
+    say_report(report, length, as_json=as_json)

@@ -16,8 +16,8 @@ from longrope_export.cli.common import (
     input_files,
     json_option,
     model_options,
-    print_json,
     say,
+    say_report,
 )
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -104,14 +104,8 @@ def command(
         return
     with byte_progress(target.name, converter.output_bytes(source)) as progress:
         report = converter.convert(source, config, target, progress)
-    if as_json:
-        print_json(report.to_json())
-    length = (
-        "" if report.config is None else f", up to {report.config.max_position_embeddings} tokens"
-    )
-    say(f"{report.output}: {report.num_bytes:,} bytes ({report.route}){length}")
-    for note in report.notes:
-        say(f"  note: {note}")
+    length = None if report.config is None else report.config.max_position_embeddings
+    say_report(report, length, as_json=as_json)
 
 
 def _default_output(path: Path) -> Path:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrope_converters.base import ExportReport, Progress
-from longrope_converters.to_onnx.folder_output import check_folder, replace_folder_when_done
+from longrope_converters.to_onnx.folder_output import check_folder
 from longrope_export import __version__
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ToolError, UnsupportedError
 from longrope_export.factor_files import to_json
 from longrope_export.honours import YES, fields_in_use
 from longrope_export.models.model import Model, ModelKind
+from longrope_export.outputs import replace_folder_when_done
 
 if TYPE_CHECKING:
     from longrope_converters.to_onnx.description import Decoder

@@ -1,13 +1,9 @@
-"""Write a folder so that a failure leaves nothing behind: temporary name, fsync, rename."""
+"""What an ONNX folder holds, and which existing folder an export may replace."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from longrope_export.errors import OutputError
@@ -74,54 +70,3 @@ def check_folder(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
         raise OutputError(
             f"output {output} exists: use --force to replace it, or another name with -o"
         )
-
-
-@contextlib.contextmanager
-def replace_folder_when_done(output: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `output`; on success fsync it and give it that name.
-
-    Whatever goes wrong inside the block, a Ctrl-C included, the temporary folder is removed and
-    `output` stays as it was. After kill -9 only a folder can be left over whose name starts with a
-    dot and ends in `.partial`.
-
-    Raises:
-        OutputError: when the disk is full or the parent refuses the folder.
-    """
-    token = f"{os.getpid()}-{secrets.token_hex(4)}"
-    temporary = output.with_name(f".{output.name}.{token}.partial")
-    replaced = output.with_name(f".{output.name}.{token}.old")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
-        if output.exists():
-            output.rename(replaced)
-        try:
-            temporary.rename(output)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(output)
-            raise
-        _fsync(output.absolute().parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        advice = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = "; nothing was written under that name: free some space or choose another -o"
-        raise OutputError(f"cannot write {output}: {error.strerror or error}{advice}") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a folder on some network disks
-            raise
-    finally:
-        os.close(descriptor)
