@@ -1,6 +1,6 @@
 """The patched llama.cpp beside the stock one: speed without keys, with keys, and what a tier border costs.
 
-    python benchmarks/llama_cpp.py [--repeats 5] [--long 32768]
+    python benchmarks/llama_cpp.py [--launches 4] [--long 32768]
 
 Runs SmolLM2 (fetched through pip) in both builds of the pinned source, in turns, and prints medians
 as ratios. Both builds are made in the cache if they are not there (minutes).
@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -23,49 +22,62 @@ from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_export.demo.material import fetch_smollm2
 from longrope_export.ladder import MethodOptions, make_config
 from longrope_export.llama_cpp.binaries import require_binaries
-from longrope_export.llama_cpp.options import BuildOptions, cpp_folder
-from longrope_export.llama_cpp.source import fetch_source
+from longrope_export.llama_cpp.driver import require_driver
+from longrope_export.llama_cpp.options import BuildOptions
 from longrope_export.models.model import load_model
 
-LIBRARIES = ("llama", "ggml", "ggml-base")
+F16_CACHE = "n_ubatch=512 type_k=f16 type_v=f16 fa=1"
+PROMPT = 512
+BATCH = 2048
 
 
 class Driver:
-    """cpp_patch/tests/longrope-driver.cpp over the libraries of either build."""
+    """cpp_patch/driver/longrope-driver.cpp over the libraries of either build."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self) -> None:
         programs = ("llama-completion",)
         self.patched = require_binaries(programs, build=True)
         self.stock = require_binaries(programs, BuildOptions(patched=False), build=True)
-        self.program = scratch / "driver"
-        source = fetch_source()
-        code = cpp_folder() / "cpp_patch" / "tests" / "longrope-driver.cpp"
-        command = ["c++", "-std=c++17", "-O1", "-o", self.program, code]
-        command += [f"-I{source / 'include'}", f"-I{source / 'ggml' / 'include'}"]
-        command += [f"-L{self.patched}", *(f"-l{name}" for name in LIBRARIES), "-ldl"]
-        subprocess.run([*map(str, command), f"-Wl,-rpath-link,{self.patched}"], check=True)
+        self.program = require_driver(self.patched)
 
-    def times(self, folder: Path, model: Path, script: Iterable[str]) -> list[float]:
-        """Seconds of each decode."""
-        result = subprocess.run(
-            [self.program, model, "/dev/null"],
-            input="\n".join(script) + "\n",
-            env={"LD_LIBRARY_PATH": str(folder)},
-            capture_output=True,
+    def start(self, libraries: Path, model: Path, context: int, threads: int) -> Session:
+        return Session(self.program, libraries, model, context, threads)
+
+
+class Session:
+    """A running driver that waits for the next batch, so that several models can take turns."""
+
+    def __init__(
+        self, program: Path, libraries: Path, model: Path, context: int, threads: int
+    ) -> None:
+        self.process = subprocess.Popen(
+            [program, model, "/dev/null"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a dot for every tensor
+            env={"LD_LIBRARY_PATH": str(libraries)},
             text=True,
-            check=True,
         )
-        lines = (line.split() for line in result.stdout.splitlines())
-        return [int(words[1]) / 1e6 for words in lines if words[0] == "time"]
+        self._write(f"ctx n_ctx={context} n_batch={context} n_threads={threads} {F16_CACHE}")
 
+    def decode(self, position: int, count: int = 1) -> float:
+        """Seconds of one batch of `count` tokens at `position`."""
+        self._write(f"add 0 {position} {' '.join(str(7 + i % 1000) for i in range(count))}")
+        self._write("run")
+        assert self.process.stdout
+        answers = (line.split() for line in self.process.stdout)
+        return next(int(words[1]) / 1e6 for words in answers if words[0] == "time")
 
-def script(prompt: int, steps: int, context: int, batch: int = 512) -> list[str]:
-    """A prompt in one batch and single tokens behind it."""
-    lines = [f"ctx n_ctx={context} n_batch={context} n_ubatch={batch} type_k=f16 type_v=f16 fa=1"]
-    lines += [f"add 0 0 {' '.join(str(7 + i % 1000) for i in range(prompt))}", "run"]
-    for i in range(steps):
-        lines += [f"add 0 {prompt + i} 11", "run"]
-    return lines
+    def clear(self) -> None:
+        self._write("clear")
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def _write(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
 
 
 def bake(
@@ -83,67 +95,117 @@ def bake(
     return output
 
 
+def side_by_side(
+    driver: Driver, runs: dict[str, tuple[Path, Path]], position: int, arguments: argparse.Namespace
+) -> dict[str, tuple[float, float]]:
+    """Speed of each run against the first: prefill of a prompt at `position`, decode behind it.
+
+    All are started, then take turns batch by batch, so that a slow second of the machine is a slow
+    second for all of them; the first of each round changes.
+    """
+    steps, prefills = arguments.steps, arguments.prefills
+    context = 2 * PROMPT + steps
+    sessions = {name: driver.start(*run, context, arguments.threads) for name, run in runs.items()}
+    prefill: dict[str, list[float]] = {name: [] for name in runs}
+    decode: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for turn in range(1 + prefills):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            sessions[name].clear()
+            seconds = sessions[name].decode(position, PROMPT)
+            if turn:
+                prefill[name].append(seconds)
+    for turn in range(steps):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            decode[name].append(sessions[name].decode(position + PROMPT + turn))
+    for session in sessions.values():
+        session.close()
+    return {
+        name: (ratio(prefill[names[0]], prefill[name]), ratio(decode[names[0]], decode[name]))
+        for name in names
+    }
+
+
+def ratio(first: list[float], other: list[float]) -> float:
+    """Median of the turns' ratios."""
+    return statistics.median(a / b for a, b in zip(first, other, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--launches", type=int, default=4, help="of every process")
+    parser.add_argument("--steps", type=int, default=64, help="decoded tokens of every launch")
+    parser.add_argument("--prefills", type=int, default=4, help="of every launch")
+    parser.add_argument("--positions", default="0,20000", help="where the prompt begins")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--long", type=int, default=32768, help="0: without the long prefill")
     arguments = parser.parse_args()
     console = Console()
     model = fetch_smollm2()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        driver = Driver(scratch)
+        driver = Driver()
         three = bake(model, scratch / "three.gguf", "8192,16384,32768", 64)
-        many = bake(model, scratch / "many.gguf", "every:123")
+        many = bake(model, scratch / "many.gguf", "every:164")
         count = len(load_model(many).native.tiers)
-
-        table = Table(
-            "what", "prefill 512", "decode", title=f"speed, median of {arguments.repeats}"
-        )
         runs = {
             "stock": (driver.stock, model),
+            "stock, a second process": (driver.stock, model),
             "patched, no keys": (driver.patched, model),
             "patched, 3 tiers, 64 start tokens": (driver.patched, three),
             f"patched, {count} tiers": (driver.patched, many),
         }
-        prefill: dict[str, list[float]] = {name: [] for name in runs}
-        decode: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(arguments.repeats):
-            for name, (libraries, file) in runs.items():
-                seconds = driver.times(libraries, file, script(512, 48, 4096))
-                prefill[name].append(seconds[0])
-                decode[name].append(statistics.median(seconds[1:]))
-        for name in runs:
-            ratios = [
-                statistics.median(s / own for s, own in zip(all_["stock"], all_[name], strict=True))
-                for all_ in (prefill, decode)
+        for position in map(int, arguments.positions.split(",")):
+            title = f"speed against stock, {PROMPT} tokens from position {position}"
+            table = Table("what", "prefill", "decode", "each launch", title=title)
+            launches = [
+                side_by_side(driver, runs, position, arguments) for _ in range(arguments.launches)
             ]
-            table.add_row(name, *(f"{ratio:.1%} of stock's speed" for ratio in ratios))
-        console.print(table)
+            for name in runs:
+                prefill, decode = zip(*(launch[name] for launch in launches), strict=True)
+                each = "  ".join(
+                    " ".join(f"{value:.3f}" for value in values) for values in (prefill, decode)
+                )
+                medians = (statistics.median(values) for values in (prefill, decode))
+                table.add_row(name, *(f"{value:.1%}" for value in medians), each)
+            console.print(table)
 
         border = Table("what", "seconds", "ratio", title="one tier border, 8192 cached tokens")
-        again, steps = [], []
-        for _ in range(max(1, arguments.repeats // 2)):
-            seconds = driver.times(driver.patched, three, script(8192, 3, 8448))
-            again.append(seconds[0])
-            steps.append(seconds[1] - statistics.median(seconds[2:]))
-        first, rotation = statistics.median(again), statistics.median(steps)
+        session = driver.start(driver.patched, three, 8448, arguments.threads)
+        first = session.decode(0, 8192)
+        crossing = session.decode(8192)
+        rotation = crossing - statistics.median(session.decode(8193 + i) for i in range(5))
+        session.close()
         border.add_row("prefill of 8192 tokens", f"{first:.2f}", "")
         border.add_row("rotation of their keys", f"{rotation:.3f}", f"1/{first / rotation:.0f}")
         console.print(border)
 
         if arguments.long:
-            whole = Table("what", "seconds", "ratio", title=f"prefill of {arguments.long} tokens")
-            length = arguments.long
-            one = bake(model, scratch / "one.gguf", None)
-            names = {"one tier": one, "3 tiers": three, f"{count} tiers": many}
-            long = {
-                name: driver.times(driver.patched, file, script(length, 0, length))[0]
-                for name, file in names.items()
-            }
-            for name, value in long.items():
-                whole.add_row(name, f"{value:.1f}", f"{value / long['one tier'] - 1:+.1%}")
-            console.print(whole)
+            long_prefills(console, driver, three, many, arguments)
+
+
+def long_prefills(
+    console: Console, driver: Driver, three: Path, many: Path, arguments: argparse.Namespace
+) -> None:
+    """What all crossings of a long prompt cost, against one tier for all of it; in turns."""
+    length = arguments.long
+    one = bake(fetch_smollm2(), three.with_name("one.gguf"), None)
+    count = len(load_model(many).native.tiers)
+    files = {"one tier": one, "3 tiers": three, f"{count} tiers": many}
+    sessions = {
+        name: driver.start(driver.patched, file, length, arguments.threads)
+        for name, file in files.items()
+    }
+    batches: dict[str, list[float]] = {name: [] for name in files}
+    for position in range(0, length, BATCH):
+        for name, session in sessions.items():
+            batches[name].append(session.decode(position, min(BATCH, length - position)))
+    table = Table("what", "seconds", "ratio", title=f"prefill of {length} tokens")
+    for name, seconds in batches.items():
+        sessions[name].close()
+        more = sum(seconds) / sum(batches["one tier"]) - 1
+        table.add_row(name, f"{sum(seconds):.1f}", f"{more:+.1%}")
+    console.print(table)
 
 
 if __name__ == "__main__":

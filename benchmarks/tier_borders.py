@@ -72,7 +72,7 @@ def main() -> None:
     results: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        driver = Driver(scratch)
+        driver = Driver()
         weights = scratch / "f16.gguf"
         quantize = require_binary("llama-quantize", build=True)
         command = [quantize, "--allow-requantize", fetch_smollm2(), weights, "F16"]

@@ -142,15 +142,24 @@ def _our_keys(config: LongRopeConfig, prefix: str) -> list[KeyValue]:
     return keys
 
 
+def has_our_keys(header: GgufHeader) -> bool:
+    """True if the file holds a config of ours, or a part of one."""
+    return any(key.startswith(_prefix(header)) for key in header.key_values)
+
+
+def _prefix(header: GgufHeader) -> str:
+    return f"{header.architecture}.rope.scaling.longrope."
+
+
 def decode_config(header: GgufHeader, rope_theta: float, rotary_dim: int) -> LongRopeConfig | None:
     """The config that our keys describe, or None if the file has none of them.
 
     Raises:
         GgufError: naming the key that is missing or does not fit.
     """
-    prefix = f"{header.architecture}.rope.scaling.longrope."
-    if not any(key.startswith(prefix) for key in header.key_values):
+    if not has_our_keys(header):
         return None
+    prefix = _prefix(header)
     reader = _KeyReader(header, prefix)
     version = reader.number("version")
     if version != FORMAT_VERSION:

@@ -1,4 +1,4 @@
-"""Runs cpp_patch/tests/longrope-driver.cpp, the program that runs a model by a script."""
+"""Runs cpp_patch/driver/longrope-driver.cpp, the program that runs a model by a script."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 @dataclass
 class Driver:
-    """cpp_patch/tests/longrope-driver.cpp, which runs a model by a script."""
+    """cpp_patch/driver/longrope-driver.cpp, which runs a model by a script."""
 
     program: Path
     libraries: dict[bool, Path]  # patched or not -> folder of the shared libraries

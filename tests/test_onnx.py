@@ -1,5 +1,5 @@
 """The ONNX export computes the definition: against transformers' models with attention written out
-in longrope_reference.py, which shares nothing with the exporter."""
+in verify/reference.py, which shares nothing with the exporter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from longrope_reference import Reference
 from tiny_models import make_model
 
 from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
@@ -21,6 +20,7 @@ from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig, Swi
 from longrope_export.errors import ConfigError
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.onnx import OnnxModel
+from longrope_export.verify.reference import Reference
 
 CLOSE = 2e-5  # logits are about 0.4 in size; float32 sums in another order
 GEMMA_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -46,7 +46,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-LOCAL_THETA = {"gemma3": 10000.0}
 
 
 def make_source(folder: Path, name: str = "llama") -> Path:
@@ -95,7 +94,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_families_whole_in_chunks_and_step_by_step(tmp_path: Path, name: str, ops: str) -> None:
     source = make_source(tmp_path / "model", name)
     config = three_tiers(source)
-    expected = Reference(source, config, LOCAL_THETA.get(name)).logits(tokens(200))
+    expected = Reference(source, config).logits(tokens(200))
     model = OnnxModel(export(source, config, tmp_path / "out", ops=ops), threads=1)
     assert expected.std() > 0.05
     np.testing.assert_allclose(model.logits(tokens(200)), expected, atol=CLOSE)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as genai
 import pytest
-from longrope_reference import Reference
 from test_onnx import CLOSE, export, make_source, three_tiers, tokens
 from tiny_models import CHAT_TEMPLATE, add_bpe_tokenizer
 
@@ -17,6 +16,7 @@ from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.honours import Verdict
 from longrope_export.models.model import load_model
+from longrope_export.verify.reference import Reference
 
 STEPS = 12
 

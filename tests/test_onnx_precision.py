@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from longrope_reference import Reference
 from test_onnx import export, make_source, three_tiers, tokens
 
 from longrope_export.errors import UnsupportedError
 from longrope_export.runtimes.onnx import OnnxModel
+from longrope_export.verify.reference import Reference
 
 BLOCK = 32
 

@@ -169,3 +169,17 @@ def byte_progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=total_bytes)
         yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def share_progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr that is told what is being done and which share of it; only on a terminal."""
+    if is_quiet() or not sys.stderr.isatty():
+        yield lambda what, share: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=1.0)
+        yield lambda what, share: progress.update(task, description=what, completed=share)

@@ -11,9 +11,15 @@ from pathlib import Path
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import FactorFileError, ModelError
 from longrope_export.gguf_format import GgufHeader, read_header
+from longrope_export.gguf_keys import has_our_keys
 from longrope_export.models.families import Family, family_of_gguf
 from longrope_export.models.hf_config import HfConfig, is_hf_folder, read_hf_config
-from longrope_export.models.native import gguf_head_dim, native_of_gguf, native_of_hf
+from longrope_export.models.native import (
+    gguf_head_dim,
+    native_of_gguf,
+    native_of_hf,
+    read_definition,
+)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
@@ -34,6 +40,7 @@ class Model:
         fingerprint: hash of the settings and of the sizes of the weight files, hex; the weights
             themselves are not read.
         has_longrope: the settings name LongRoPE factors in stock's spelling, to be carried over.
+        has_definition: it holds a whole config of ours, which `native` then is.
     """
 
     path: Path
@@ -47,6 +54,7 @@ class Model:
     native: LongRopeConfig
     fingerprint: str
     has_longrope: bool = False
+    has_definition: bool = False
 
     @property
     def window(self) -> int:
@@ -145,6 +153,7 @@ def _from_hf(config: HfConfig) -> Model:
         native=native_of_hf(config),
         fingerprint=digest.hexdigest(),
         has_longrope=config.rope.rope_type == "longrope",
+        has_definition=read_definition(config) is not None,
     )
 
 
@@ -174,4 +183,5 @@ def _from_gguf(header: GgufHeader) -> Model:
         native=native,
         fingerprint=digest.hexdigest(),
         has_longrope=native.provenance.get("method") == "model (longrope)",
+        has_definition=has_our_keys(header),
     )

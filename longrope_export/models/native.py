@@ -52,7 +52,7 @@ def native_of_hf(config: HfConfig) -> LongRopeConfig:
             that contradicts config.json.
     """
     declared = _declared_by_hf(config)
-    definition = _read_definition(config)
+    definition = read_definition(config)
     if definition is None:
         return declared
     difference = first_difference(stock_config(definition), declared)
@@ -65,7 +65,7 @@ def native_of_hf(config: HfConfig) -> LongRopeConfig:
     return definition
 
 
-def _read_definition(config: HfConfig) -> LongRopeConfig | None:
+def read_definition(config: HfConfig) -> LongRopeConfig | None:
     """longrope.json, or the same under a key of config.json; None without either."""
     path, inside = config.folder / DEFINITION_FILE, config.values.get(DEFINITION_KEY)
     found = []

@@ -18,11 +18,8 @@ import numpy.typing as npt
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ConfigError, ModelError, ToolError
 from longrope_export.factor_files import from_json
+from longrope_export.runtimes.base import DEFAULT_CHUNK, Logits, RuntimeInfo, Tokens
 
-Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
-Logits = npt.NDArray[np.float32]
-
-DEFAULT_CHUNK = 1024
 _SMALLEST_CAPACITY = 256
 _SEVERITY_ERROR = 3
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -55,6 +52,13 @@ class OnnxModel:
         self.config = _read_metadata(metadata, folder / "model.onnx")
         self.ops: str = metadata.get("longrope.ops", "")
         self.precision: str = metadata.get("longrope.precision", "")
+        self.info = RuntimeInfo(
+            name="ONNX Runtime, standard operators" if self.ops == "standard" else "ONNX Runtime",
+            version=f"onnxruntime {_runtime_version()}",
+            path=folder,
+            precision=self.precision,
+            switching="by the file's rule",
+        )
         self.caches = {
             value.name: value
             for value in self.session.get_inputs()
@@ -114,6 +118,25 @@ class OnnxModel:
         for index, (places, logits) in enumerate(rows):
             out[index, places] = logits
         return out
+
+    def batch(self, sequences: Sequence[Tokens], keep: int) -> list[Logits]:
+        """One after the other, see logits_of_batch."""
+        return [
+            self.start(declared_length=len(tokens)).append(tokens, keep=keep)
+            for tokens in sequences
+        ]
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """By tokenizer.json in the folder; None if there is none."""
+        from tokenizers import Tokenizer
+
+        path = self.folder / "tokenizer.json"
+        return list(Tokenizer.from_file(str(path)).encode(text).ids) if path.is_file() else None
+
+    def close(self) -> None:
+        """Forget the weights."""
+        del self.session
+        self._rerotation = None
 
     def generate(
         self,
@@ -301,6 +324,15 @@ def read_config(folder: Path) -> LongRopeConfig:
         ToolError: the package onnx is not installed.
         ModelError: no such file, no ONNX file, or not one of ours.
     """
+    return _read_metadata(*_metadata(folder))
+
+
+def read_precision(folder: Path) -> str:
+    """fp32, fp16, int8 or int4 of a folder of ours; raises as read_config."""
+    return _metadata(folder)[0].get("longrope.precision", "unknown")
+
+
+def _metadata(folder: Path) -> tuple[dict[str, str], Path]:
     try:
         import onnx
     except ImportError as error:
@@ -310,7 +342,13 @@ def read_config(folder: Path) -> LongRopeConfig:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf has no exception class of its own to catch
         raise ModelError(f"{path}: cannot read as ONNX: {error}") from error
-    return _read_metadata({entry.key: entry.value for entry in model.metadata_props}, path)
+    return {entry.key: entry.value for entry in model.metadata_props}, path
+
+
+def _runtime_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
 
 
 def _read_metadata(metadata: dict[str, str], path: Path) -> LongRopeConfig:

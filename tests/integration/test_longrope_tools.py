@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longrope_reference import reference_logits
 from tiny_models import SENTENCES, add_bpe_tokenizer, make_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -32,6 +31,7 @@ from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.llama_cpp.binaries import require_binaries
 from longrope_export.llama_cpp.perplexity import run_perplexity
 from longrope_export.models.model import load_model
+from longrope_export.verify.reference import reference_logits
 
 pytestmark = pytest.mark.integration
 

@@ -10,7 +10,6 @@ import torch
 import transformers
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from longrope_reference import Reference
 from test_onnx import export
 
 from longrope_export.config import FactorTier, LongRopeConfig
@@ -18,6 +17,7 @@ from longrope_export.demo.material import fetch_smollm2
 from longrope_export.methods import yarn_factors
 from longrope_export.rope import compute_inv_freq, yarn_attention_factor
 from longrope_export.runtimes.onnx import OnnxModel
+from longrope_export.verify.reference import Reference
 
 NAMES = {
     "input_layernorm": "attn_norm",

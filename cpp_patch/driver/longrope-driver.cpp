@@ -1,20 +1,24 @@
-// Runs a model by a script, for tests: reads commands from standard input, writes the logits of every
-// decoded token as float32 to a file. Uses the public API only, and the longrope part of it only if
-// the library has it, so that one program measures the patched and the stock library.
+// Runs a model by a script, for `longrope-export verify` and for tests: reads commands from standard
+// input, writes the logits of decoded tokens as float32 to a file. Uses the public API only, and the
+// longrope part of it only if the library has it, so that one program measures the patched and the
+// stock library.
 //
 //   longrope-driver MODEL LOGITS_FILE < script
 //
 //   ctx NAME=VALUE ...   n_ctx n_batch n_ubatch n_seq_max unified fa type_k type_v swa_full n_threads
 //   add SEQ[,SEQ] POS TOKEN [TOKEN...]     more tokens of the batch
-//   decode                                 decode the batch; the logits of all its tokens are written
+//   decode [COUNT]                         decode the batch; the logits of its last COUNT tokens are written,
+//                                          of all without COUNT
 //   score TOKEN                            decode the batch; instead of logits, -ln p of the token that follows
 //                                          each one is written, TOKEN follows the last
 //   run                                    decode the batch without output
 //   rm SEQ P0 P1 | cp SRC DST P0 P1 | keep SEQ | shift SEQ P0 P1 DELTA | clear
 //   switch file|causal|sequence | length SEQ N | must SEQ N
 //   save FILE | load FILE | save_seq FILE SEQ | load_seq FILE SEQ
+//   tokenize HEX                           of UTF-8 text, as two hexadecimal digits for each byte
 //
-// Prints "must 0|1" and "time MICROSECONDS" (of each decode) on standard output.
+// Prints "vocab TOKENS" at the start, "must 0|1", "tokens ID...", and after each batch, when all that it
+// writes is written, "time MICROSECONDS" on standard output.
 
 #include "ggml-backend.h"
 #include "llama.h"
@@ -75,6 +79,14 @@ static float negative_log_likelihood(const float * logits, int n_vocab, llama_to
     return std::log(sum) + largest - logits[next];
 }
 
+static std::string text_of_hex(const std::string & hex) {
+    std::string text;
+    for (size_t i = 0; i + 1 < hex.size(); i += 2) {
+        text += (char) std::stoi(hex.substr(i, 2), nullptr, 16);
+    }
+    return text;
+}
+
 struct token {
     llama_token               id;
     llama_pos                 pos;
@@ -100,6 +112,9 @@ int main(int argc, char ** argv) {
         fail("cannot load the model");
     }
     const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+
+    printf("vocab %d\n", n_vocab);
+    fflush(stdout);
 
     std::ofstream      logits(argv[2], std::ios::binary);
     llama_context *    ctx = nullptr;
@@ -159,7 +174,20 @@ int main(int argc, char ** argv) {
             fail("the first command must be ctx");
         }
         llama_memory_t memory = llama_get_memory(ctx);
-        if (command == "add") {
+        if (command == "tokenize") {
+            std::string hex;
+            in >> hex;
+            const std::string        text = text_of_hex(hex);
+            std::vector<llama_token> ids(text.size() + 8);
+            const int n = llama_tokenize(llama_model_get_vocab(model), text.data(), text.size(), ids.data(), ids.size(),
+                                         /*add_special=*/true, /*parse_special=*/false);
+            printf("tokens");
+            for (int i = 0; i < n; ++i) {
+                printf(" %d", ids[i]);
+            }
+            printf("\n");
+            fflush(stdout);
+        } else if (command == "add") {
             std::string seqs;
             llama_pos   pos;
             in >> seqs >> pos;
@@ -172,9 +200,10 @@ int main(int argc, char ** argv) {
                 batch.push_back({ id, pos++, list });
             }
         } else if (command == "decode" || command == "score" || command == "run") {
-            llama_token next = 0;
-            in >> next;
-            llama_batch raw = llama_batch_init(batch.size(), 0, 16);
+            int argument = command == "decode" ? batch.size() : 0;
+            in >> argument;
+            const int   first_kept = command == "run" ? batch.size() : command == "score" ? 0 : batch.size() - argument;
+            llama_batch raw        = llama_batch_init(batch.size(), 0, 16);
             for (const auto & t : batch) {
                 const int i     = raw.n_tokens++;
                 raw.token[i]    = t.id;
@@ -183,25 +212,28 @@ int main(int argc, char ** argv) {
                 for (size_t s = 0; s < t.seqs.size(); ++s) {
                     raw.seq_id[i][s] = t.seqs[s];
                 }
-                raw.logits[i] = command != "run";
+                raw.logits[i] = i >= first_kept;
             }
             const int64_t t0     = ggml_time_us();
             const int     status = llama_decode(ctx, raw);
             llama_synchronize(ctx);
-            printf("time %lld\n", (long long) (ggml_time_us() - t0));
+            const int64_t t1 = ggml_time_us();
             if (status != 0) {
                 fail("llama_decode returned " + std::to_string(status));
             }
-            for (int i = 0; i < raw.n_tokens && command != "run"; ++i) {
+            for (int i = first_kept; i < raw.n_tokens; ++i) {
                 const float * row = llama_get_logits_ith(ctx, i);
                 if (command == "decode") {
                     logits.write((const char *) row, n_vocab * sizeof(float));
                 } else {
                     const bool  last = i + 1 == raw.n_tokens;
-                    const float nll  = negative_log_likelihood(row, n_vocab, last ? next : raw.token[i + 1]);
+                    const float nll  = negative_log_likelihood(row, n_vocab, last ? argument : raw.token[i + 1]);
                     logits.write((const char *) &nll, sizeof(nll));
                 }
             }
+            logits.flush();
+            printf("time %lld\n", (long long) (t1 - t0));
+            fflush(stdout);
             llama_batch_free(raw);
             batch.clear();
         } else if (command == "rm") {
@@ -240,6 +272,7 @@ int main(int argc, char ** argv) {
             in >> s >> n;
             printf("must %d\n", find_function<bool (*)(const llama_context *, llama_seq_id, uint32_t)>(
                                     "llama_longrope_must_reprocess")(ctx, s, n));
+            fflush(stdout);
         } else if (command == "save" || command == "save_seq") {
             std::string path;
             in >> path;

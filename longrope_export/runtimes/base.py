@@ -1,0 +1,97 @@
+"""One interface over everything that runs a model: token ids in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from longrope_export.config import LongRopeConfig
+
+Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
+Logits = npt.NDArray[np.float32]
+
+DEFAULT_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """What a runtime is, for tables and certificates.
+
+    Attributes:
+        name: of the program: "llama.cpp, patched".
+        version: of that program.
+        path: the model that it runs.
+        precision: of the weights and of what is computed around them: fp32, fp16, bf16, q8_0, ...
+        switching: when it changes tiers, in a few words.
+    """
+
+    name: str
+    version: str
+    path: Path
+    precision: str
+    switching: str
+
+
+class RunningSequence(Protocol):
+    """One sequence with its cache."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        ...
+
+    def append(self, tokens: Tokens, *, keep: int | None = None) -> Logits:
+        """Run more tokens behind those before.
+
+        Args:
+            tokens: (n,) token ids, at least one.
+            keep: the logits of the last `keep` tokens alone; None for all of them.
+
+        Returns:
+            (n or keep, vocabulary) float32; row i is about the token after tokens[i].
+        """
+        ...
+
+
+class Runtime(Protocol):
+    """A loaded model.
+
+    Attributes:
+        info: what it is.
+        config: the definition that the file itself carries; None if it carries none.
+    """
+
+    info: RuntimeInfo
+    config: LongRopeConfig | None
+
+    def start(
+        self, *, declared_length: int | None = None, chunk_size: int = DEFAULT_CHUNK
+    ) -> RunningSequence:
+        """An empty sequence; the one before it may end by this.
+
+        Args:
+            declared_length: tokens that the sequence will have in the end, for the rule `sequence`.
+            chunk_size: most tokens of one call of the runtime.
+        """
+        ...
+
+    def batch(self, sequences: Sequence[Tokens], keep: int) -> list[Logits]:
+        """Logits of several sequences that are computed together, where the runtime can.
+
+        Returns:
+            (keep, vocabulary) float32 for each sequence: of its last tokens.
+        """
+        ...
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """Token ids by the tokenizer that the export carries; None if it carries none."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the runtime holds."""
+        ...

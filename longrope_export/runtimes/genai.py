@@ -1,0 +1,101 @@
+"""onnxruntime-genai: one tier per sequence, picked by the length that it allocates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrope_export.config import LongRopeConfig
+from longrope_export.errors import ModelError, ToolError
+from longrope_export.runtimes.base import DEFAULT_CHUNK, Logits, RuntimeInfo, Tokens
+
+
+class GenaiModel:
+    """A folder with genai_config.json, ours or one that onnxruntime-genai's builder made.
+
+    Args:
+        folder: the folder.
+        max_length: tokens to allocate; in folders of ours the tier follows from it. None leaves
+            what genai_config.json says.
+
+    Raises:
+        ToolError: onnxruntime-genai is not installed.
+        ModelError: it cannot load the folder.
+    """
+
+    def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
+        try:
+            import onnxruntime_genai
+        except ImportError as error:
+            raise ToolError("this needs: pip install onnxruntime-genai") from error
+        from longrope_export.runtimes.onnx import read_config, read_precision
+
+        self.genai: Any = onnxruntime_genai
+        self.max_length = max_length
+        try:
+            self.config: LongRopeConfig | None = read_config(folder)
+            precision = read_precision(folder)
+        except ModelError:  # not one of ours
+            self.config, precision = None, "unknown"
+        self.info = RuntimeInfo(
+            name="onnxruntime-genai",
+            version=f"onnxruntime-genai {onnxruntime_genai.__version__}",
+            path=folder,
+            precision=precision,
+            switching="once, by max_length" if self.config else "by the folder's own graph",
+        )
+        try:
+            settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+            self._default_length = int(settings["search"]["max_length"])
+            self.model = self.genai.Model(str(folder))
+        except Exception as error:  # genai raises its own, and the file may lack or be damaged
+            raise ModelError(f"{folder}: onnxruntime-genai cannot load it: {error}") from error
+
+    def start(
+        self, *, declared_length: int | None = None, chunk_size: int = DEFAULT_CHUNK
+    ) -> GenaiSequence:
+        """An empty sequence, under the tier of max_length or, without one, the declared length."""
+        length = self.max_length or declared_length or self._default_length
+        settings = self.genai.GeneratorParams(self.model)
+        settings.set_search_options(max_length=length, do_sample=False)
+        return GenaiSequence(self.genai.Generator(self.model, settings), chunk_size)
+
+    def batch(self, sequences: Sequence[Tokens], keep: int) -> list[Logits]:
+        """One after the other: genai hands out no logits of the inside of a padded batch."""
+        return [self.start(declared_length=len(s)).append(s, keep=keep) for s in sequences]
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """By genai's own tokenizer; None if the folder has none."""
+        try:
+            return [int(i) for i in self.genai.Tokenizer(self.model).encode(text)]
+        except Exception:  # genai's own kinds
+            return None
+
+    def close(self) -> None:
+        """Forget the model."""
+        del self.model
+
+
+class GenaiSequence:
+    """One generator. Made by GenaiModel.start."""
+
+    def __init__(self, generator: Any, chunk_size: int) -> None:
+        self._generator, self._chunk = generator, chunk_size
+        self.length = 0
+
+    def append(self, tokens: Tokens, *, keep: int | None = None) -> Logits:
+        """See RunningSequence; genai gives the last logits of a call, so kept tokens go singly."""
+        ids = np.asarray(tokens, np.int32)
+        wanted = len(ids) if keep is None else min(keep, len(ids))
+        for first in range(0, len(ids) - wanted, self._chunk):
+            self._generator.append_tokens(ids[None, first : len(ids) - wanted][:, : self._chunk])
+        kept = []
+        for token in ids[len(ids) - wanted :]:
+            self._generator.append_tokens(np.asarray([[token]], np.int32))
+            kept.append(np.asarray(self._generator.get_logits())[0, -1].astype(np.float32))
+        self.length += len(ids)
+        return np.stack(kept)

@@ -1,0 +1,105 @@
+"""Which runtime runs a given export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from longrope_export.config import LongRopeConfig
+from longrope_export.errors import ModelError
+from longrope_export.models.hf_config import is_hf_folder
+from longrope_export.runtimes.base import Runtime
+
+RUNTIMES = {
+    "llama.cpp": "the patched llama.cpp, for a GGUF",
+    "llama.cpp-stock": "llama.cpp without our patch",
+    "onnxruntime": "ONNX Runtime through longrope_export.runtimes.onnx",
+    "genai": "onnxruntime-genai",
+    "transformers": "our live runtime on transformers' classes",
+    "transformers-stock": "transformers alone",
+    "transformers-remote": "the modelling file that lies in the folder (runs its code)",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A path and the runtime that is to run it.
+
+    Attributes:
+        runtime: a name in RUNTIMES.
+        path: a file or a folder.
+    """
+
+    runtime: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.runtime}={self.path}"
+
+
+def parse_export(text: str) -> Export:
+    """`PATH`, or `RUNTIME=PATH` for another runtime than the path's usual one.
+
+    Raises:
+        ModelError: there is no such path or runtime, or the path is none of the known kinds.
+    """
+    name, separator, rest = text.partition("=")
+    if separator and name in RUNTIMES:
+        path = Path(rest)
+        if not path.exists():
+            raise ModelError(f"{text}: no such file or folder as {path}")
+        return Export(name, path)
+    path = Path(text)
+    if path.is_file():
+        return Export("llama.cpp", path)
+    if (path / "model.onnx").is_file():
+        return Export("onnxruntime", path)
+    if path.is_dir() and is_hf_folder(path):
+        return Export("transformers", path)
+    raise ModelError(
+        f"{text}: expected a GGUF, a folder with model.onnx or config.json, or RUNTIME=PATH with "
+        f"a runtime of {', '.join(RUNTIMES)}"
+    )
+
+
+def open_runtime(
+    export: Export,
+    *,
+    context: int,
+    config: LongRopeConfig | None = None,
+    threads: int | None = None,
+    build: bool = False,
+) -> Runtime:
+    """Load an export.
+
+    Args:
+        context: tokens that have to fit; what llama.cpp and genai allocate.
+        config: for the live runtime on a folder that carries no definition.
+        threads: of llama.cpp and ONNX Runtime.
+        build: compile llama.cpp where it is missing.
+
+    Raises:
+        LongRopeError: the runtime is not installed, or refuses the export.
+    """
+    from longrope_export.runtimes.genai import GenaiModel
+    from longrope_export.runtimes.hf import Flavour, HfModel
+    from longrope_export.runtimes.llama_cpp import LlamaCppModel
+    from longrope_export.runtimes.onnx import OnnxModel
+
+    path = export.path
+    match export.runtime:
+        case "llama.cpp" | "llama.cpp-stock":
+            patched = export.runtime == "llama.cpp"
+            return LlamaCppModel(
+                path, context=context, patched=patched, threads=threads or 2, build=build
+            )
+        case "onnxruntime":
+            return OnnxModel(path, threads=threads)
+        case "genai":
+            return GenaiModel(path)
+        case "transformers":
+            return HfModel(path, config=config)
+        case "transformers-stock":
+            return HfModel(path, flavour=Flavour.STOCK)
+        case _:
+            return HfModel(path, flavour=Flavour.REMOTE)

@@ -1,0 +1,120 @@
+"""How far two sets of logits are apart, and what is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from longrope_export.errors import ConfigError
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a runtime may differ by.
+
+    Attributes:
+        difference: largest |logit - reference|, over all rows; None for no limit.
+        kl: largest Kullback-Leibler divergence of a row's distribution from the reference's, nats.
+        mean_kl: its mean over the rows of a case.
+    """
+
+    difference: float | None
+    kl: float
+    mean_kl: float
+
+
+# fp32: the accumulated rounding of float32 with room for other orders of summation. The others: about
+# three times what was measured on SmolLM2-135M with right exports, see docs/parity.md. A fault that
+# moves the logits by less than rounding does stays unseen there: verify in fp32 first.
+LIMITS: dict[str, Limit] = {
+    "fp32": Limit(1e-3, 1e-6, 1e-7),
+    "fp16": Limit(0.3, 1e-3, 3e-4),
+    "bf16": Limit(2.0, 5e-2, 1e-2),
+    "q8_0": Limit(None, 2e-2, 5e-3),
+    "int8": Limit(None, 2e-2, 5e-3),
+    "4-bit": Limit(None, 2.0, 0.5),
+}
+_BITS = {"q4": "4-bit", "int4": "4-bit", "iq4": "4-bit", "q5": "4-bit", "q6": "q8_0", "q8": "q8_0"}
+
+
+def limit_for(precision: str, given: dict[str, Limit] | None = None) -> Limit:
+    """The limit of a precision as runtimes name it; `given` goes before LIMITS.
+
+    Raises:
+        ConfigError: nothing is known about it.
+    """
+    known = {**LIMITS, **(given or {})}
+    family = next((name for prefix, name in _BITS.items() if precision.startswith(prefix)), "")
+    for name in (precision, family):
+        if name in known:
+            return known[name]
+    raise ConfigError(
+        f"no limits are known for {precision}: give them, as --limit {precision}=KL:MEAN_KL"
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Rows of logits against the reference's, one value for each row.
+
+    Attributes:
+        difference: (n,) max |logit - reference|.
+        kl: (n,) KL divergence in nats, of the runtime's distribution from the reference's.
+        same_top: (n,) whether both name the same token first.
+        loss: (n,) change of -ln p of the token that follows, NaN where none does.
+    """
+
+    difference: Floats
+    kl: Floats
+    same_top: npt.NDArray[np.bool_]
+    loss: Floats
+
+    def misses(self, limit: Limit) -> npt.NDArray[np.bool_]:
+        """(n,) the rows that are beyond the limit; NaN is."""
+        bad = ~(self.kl <= limit.kl)
+        if limit.difference is not None:
+            bad |= ~(self.difference <= limit.difference)
+        if not bad.any() and not np.mean(self.kl) <= limit.mean_kl:
+            bad |= self.kl > limit.mean_kl
+        return bad
+
+
+def compare(
+    logits: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], following: list[int | None]
+) -> Difference:
+    """Compare row by row.
+
+    Args:
+        logits, expected: (n, vocabulary). A runtime may pad its vocabulary: what is beyond the
+            reference's is left out.
+        following: (n,) the token after each row, None at the end of the text.
+
+    Raises:
+        ConfigError: the numbers of rows differ, or the runtime's vocabulary is smaller.
+    """
+    if len(logits) != len(expected) or logits.shape[1] < expected.shape[1]:
+        raise ConfigError(f"logits have shape {logits.shape}, the reference's {expected.shape}")
+    got = logits[:, : expected.shape[1]].astype(np.float64)
+    right = expected.astype(np.float64)
+    log_got, log_right = _log_softmax(got), _log_softmax(right)
+    kl = (np.exp(log_right) * (log_right - log_got)).sum(1)
+    loss = [
+        np.nan if token is None else log_right[row, token] - log_got[row, token]
+        for row, token in enumerate(following)
+    ]
+    return Difference(
+        difference=np.abs(got - right).max(1),
+        kl=np.maximum(kl, 0),  # rounding
+        same_top=got.argmax(1) == right.argmax(1),
+        loss=np.asarray(loss, np.float64),
+    )
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return result

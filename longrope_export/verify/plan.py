@@ -1,0 +1,159 @@
+"""What is run: how the tokens of one text are handed to a runtime, and which logits are compared.
+
+Every case stops at the places where implementations go wrong: the end of the start-token window, the
+border of an inner batch, each tier border, and the longest length.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from longrope_export.config import LongRopeConfig, SwitchPolicy
+
+UBATCH = 512  # llama.cpp's inner batch
+_CALL = 2048  # tokens of a large call
+_CHUNK = 333  # of a small one: divides nothing
+_KEPT_ALL = 1024  # up to this length the logits of every position are compared
+_WINDOW = 8  # positions around each stop, beyond
+_BORDERS = 6  # at most so many tier borders of a long ladder
+_SINGLE = 3  # tokens one by one, on each side of a border
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compared row of logits.
+
+    Attributes:
+        position: of the token that the logits follow.
+        tier: index of the tier that the token is computed under.
+    """
+
+    position: int
+    tier: int
+
+
+@dataclass(frozen=True)
+class Append:
+    """One call: `count` more tokens, of which the last `keep` are compared."""
+
+    count: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sequence from nothing, or several at once.
+
+    Attributes:
+        name: for tables.
+        appends: the calls, in order; empty for a batch.
+        chunk_size: most tokens of one call of the runtime.
+        declared_length: told to the runtime at the start; None leaves it to find out.
+        batch: lengths of sequences that are computed together, instead of appends.
+        batch_keep: rows that are compared of each.
+    """
+
+    name: str
+    appends: tuple[Append, ...] = ()
+    chunk_size: int = _CALL
+    declared_length: int | None = None
+    batch: tuple[int, ...] = ()
+    batch_keep: int = 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max((*self.batch, sum(append.count for append in self.appends)))
+
+
+def make_cases(config: LongRopeConfig, limit: int) -> list[Case]:
+    """The plan for sequences of up to `limit` tokens.
+
+    Args:
+        limit: at least 2, at most the last tier's max_length.
+    """
+    chunk_size = min(_CHUNK, max(1, limit // 3 - 1))
+    borders = tested_borders(config, limit)
+    first = min(borders, default=limit)
+    lengths = (min(limit, max(1, first // 2)), min(limit, first + _SINGLE))
+    batch = Case("batch of two lengths", batch=lengths, batch_keep=min(_WINDOW, *lengths))
+    if config.switch is SwitchPolicy.CAUSAL:
+        stops = _stops(config, borders, limit)
+        whole = Case("one prefill", _whole(stops, limit))
+        chunks = Case(f"chunks of {chunk_size}", _whole(stops, limit), chunk_size)
+        steps = [Case("one by one over borders", _steps(borders, limit))] if borders else []
+        return [whole, chunks, *steps, batch]
+    ends = sorted({limit, *(b for b in borders), *(b + 1 for b in borders if b < limit)})
+    cases = []
+    for end in ends:
+        appends = _whole(_stops(config, [], end), end)
+        cases.append(Case(f"one prefill of {end}", appends, declared_length=end))
+    chunks = Case(f"chunks of {chunk_size}", cases[-1].appends, chunk_size, limit)
+    steps = [Case("one by one over borders", _steps(borders, limit))] if borders else []
+    return [*cases, chunks, *steps, batch]
+
+
+def rows_of(case: Case, config: LongRopeConfig) -> list[Row]:
+    """The compared rows, in the order in which the runtime hands them out."""
+    causal = config.switch is SwitchPolicy.CAUSAL
+
+    def row(position: int, length: int) -> Row:
+        return Row(position, tier_index(config, position + 1 if causal else length))
+
+    if case.batch:
+        return [
+            row(position, length)
+            for length in case.batch
+            for position in range(length - case.batch_keep, length)
+        ]
+    rows, end = [], 0
+    for append in case.appends:
+        end += append.count
+        length = max(end, case.declared_length or 0)
+        rows += [row(position, length) for position in range(end - append.keep, end)]
+    return rows
+
+
+def tier_index(config: LongRopeConfig, length: int) -> int:
+    return config.tiers.index(config.select_tier(length))
+
+
+def tested_borders(config: LongRopeConfig, limit: int) -> list[int]:
+    """Tier borders below `limit`; of a long ladder the first, the last and some between."""
+    borders = [tier.max_length for tier in config.tiers if tier.max_length < limit]
+    if len(borders) <= _BORDERS:
+        return borders
+    step = (len(borders) - 1) / (_BORDERS - 1)
+    return [borders[round(number * step)] for number in range(_BORDERS)]
+
+
+def _stops(config: LongRopeConfig, borders: Iterable[int], limit: int) -> list[int]:
+    marks = [config.num_start_tokens, UBATCH, *borders]
+    wanted = {min(limit, mark + _WINDOW // 2) for mark in marks if 0 < mark <= limit}
+    return sorted({*wanted, limit})
+
+
+def _whole(stops: list[int], limit: int) -> tuple[Append, ...]:
+    """Calls that end a little behind each stop, so that the stop lies inside of one."""
+    counts = [end - begin for begin, end in itertools.pairwise([0, *stops])]
+    most = limit if limit <= _KEPT_ALL else _WINDOW
+    return tuple(Append(count, min(count, most)) for count in counts)
+
+
+def _steps(borders: list[int], limit: int) -> tuple[Append, ...]:
+    return tuple(_walk(borders, limit))
+
+
+def _walk(borders: list[int], limit: int) -> Iterator[Append]:
+    """A prefill up to just before each border, then single tokens over it."""
+    position = 0
+    for border in borders:
+        begin = border - _SINGLE
+        if begin > position:
+            yield Append(begin - position, 1)
+            position = begin
+        while position < min(border + _SINGLE, limit):
+            yield Append(1, 1)
+            position += 1

@@ -1,0 +1,127 @@
+"""A certificate for people: a terminal table, Markdown for a model card, curves over position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrope_export.errors import ToolError
+from longrope_export.outputs import replace_when_done
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("case", "tokens", "max |d|", "max KL", "mean KL", "top-1", "result")
+_FLOOR = 1e-12  # what a logarithmic axis shows for nothing
+
+
+def table_rows(export: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Cells as COLUMNS names them: a row for each case of an export, and for each problem."""
+    rows = [
+        (
+            case["name"],
+            str(case["length"]),
+            f"{case['max_difference']:.2g}",
+            f"{case['max_kl']:.2g}",
+            f"{case['mean_kl']:.2g}",
+            f"{case['same_top_token']:.0%}",
+            "ok" if case["first_miss"] is None else f"misses from position {case['first_miss']}",
+        )
+        for case in export["cases"]
+    ]
+    empty = [""] * (len(COLUMNS) - 2)
+    return rows + [(" ".join(text.split()), *empty, "wrong") for text in export["problems"]]
+
+
+def title_of(export: Mapping[str, Any]) -> str:
+    """The runtime, what it runs and whether all is well, in one line."""
+    precision = f", {export['precision']}" if export["precision"] else ""
+    verdict = "passed" if export["passed"] else "FAILED"
+    return f"{export['runtime']}{precision}, {Path(export['path']).name}: {verdict}"
+
+
+def rich_tables(certificate: Mapping[str, Any]) -> Iterator[Table]:
+    """For a terminal, one for each export."""
+    from rich.table import Table
+
+    for export in certificate["exports"]:
+        color = "green" if export["passed"] else "red"
+        table = Table(title=title_of(export), title_style=f"bold {color}", title_justify="left")
+        for name in COLUMNS:
+            table.add_column(name, justify="left" if name in ("case", "result") else "right")
+        for row in table_rows(export)[: len(export["cases"])]:
+            table.add_row(*row, style=None if row[-1] == "ok" else "red")
+        table.caption, table.caption_justify = "\n".join(export["problems"]), "left"
+        yield table
+
+
+def markdown(certificate: Mapping[str, Any]) -> str:
+    """A section for a model card, ending in a newline."""
+    config = certificate["config"]
+    lines = [
+        "## Numerical parity",
+        "",
+        f"Each export ran {certificate['tokens']['count']} tokens and was compared with the "
+        f"definition ({len(config['tiers'])} tiers up to {config['max_position_embeddings']} "
+        f"tokens; rule at their borders: {config['switch']}), computed apart from it in float32. "
+        "d is the difference of a logit; KL the divergence of the next-token distribution in "
+        "nats; top-1 the rows whose likeliest token is the same.",
+    ]
+    for export in certificate["exports"]:
+        lines += [
+            "",
+            f"### {title_of(export)}",
+            "",
+            _markdown_row(COLUMNS),
+            "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|",
+            *map(_markdown_row, table_rows(export)),
+            "",
+            f"{export['runtime_version']}; SHA-256 {export['sha256'][:16]}.",
+        ]
+    made = f"{certificate['tool']}, {certificate['created'][:10]}, {certificate['platform']}."
+    return "\n".join([*lines, "", made]) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def save_plot(certificate: Mapping[str, Any], output: Path) -> None:
+    """|difference| and KL of every compared row over its position, a colour for each export.
+
+    Raises:
+        ToolError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ToolError("plots need: pip install 'longrope-export[plots]'") from error
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True)
+    for number, export in enumerate(certificate["exports"]):
+        rows = [row for case in export["cases"] for row in case["rows"]]
+        if not rows:
+            continue
+        positions = [row[0] for row in rows]
+        label = f"{export['runtime']}, {export['precision']}"
+        for axes, column in ((above, 2), (below, 3)):
+            values = [max(row[column], _FLOOR) for row in rows]
+            axes.plot(positions, values, ".", color=f"C{number}", label=label, alpha=0.6)
+    for axes, title in ((above, "largest |logit difference|"), (below, "KL divergence, nats")):
+        axes.set_yscale("log")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.grid(alpha=0.3)
+        for tier in certificate["config"]["tiers"][:12]:
+            axes.axvline(tier["max_length"], color="0.6", linewidth=0.8, linestyle=":")
+    largest = max(
+        (row[0] for e in certificate["exports"] for c in e["cases"] for row in c["rows"]), default=1
+    )
+    below.set_xlim(-0.02 * largest, 1.02 * largest)
+    below.set_xlabel("position of the token; dotted: tier borders")
+    above.legend(fontsize=8)
+    with replace_when_done(output) as temporary:
+        figure.savefig(temporary, dpi=110, format=output.suffix.lstrip(".") or "png")

@@ -1,0 +1,219 @@
+"""Run one text through the reference and through exports, and compare."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from longrope_export.config import LongRopeConfig, SwitchPolicy
+from longrope_export.errors import LongRopeError
+from longrope_export.runtimes.base import Runtime, RuntimeInfo
+from longrope_export.runtimes.open import Export, open_runtime
+from longrope_export.verify.compare import Difference, Limit, compare, limit_for
+from longrope_export.verify.plan import Case, Row, rows_of
+from longrope_export.verify.reference import Reference
+
+Say = Callable[[str, float], None]  # (what is being done, share that is done, 0 to 1)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case on one runtime.
+
+    Attributes:
+        rows: what was compared.
+        difference: of those rows.
+        first_miss: position of the first row beyond the limit; None where all are within.
+        seconds: that the runtime took.
+    """
+
+    case: Case
+    rows: list[Row]
+    difference: Difference
+    first_miss: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """One export.
+
+    Attributes:
+        info: None if it could not be loaded.
+        problems: what was wrong apart from the numbers: a config or a tokenizer that differs, an
+            error of the runtime. Empty for a good export.
+    """
+
+    export: Export
+    info: RuntimeInfo | None
+    limit: Limit | None
+    cases: list[CaseResult] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return (
+            bool(self.cases)
+            and not self.problems
+            and all(result.first_miss is None for result in self.cases)
+        )
+
+
+class ReferenceRows:
+    """Reference logits of every row that any case asks for, computed once.
+
+    Args:
+        path: the source model.
+        tokens: (n,) ids of the text.
+        say: progress.
+
+    Raises:
+        LongRopeError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: LongRopeConfig,
+        tokens: Sequence[int],
+        cases: Sequence[Case],
+        say: Say = lambda what, share: None,
+    ) -> None:
+        wanted = {row for case in cases for row in rows_of(case, config)}
+        causal = config.switch is SwitchPolicy.CAUSAL
+        tiers = [None] if causal else sorted({row.tier for row in wanted})
+        self._logits: dict[Row, npt.NDArray[np.float32]] = {}
+        name = "reference"
+        reference = Reference(path, config, lambda share: say(name, share))
+        for tier in tiers:
+            rows = sorted(
+                (row for row in wanted if tier in (None, row.tier)), key=lambda row: row.position
+            )
+            positions = [row.position for row in rows]
+            length = None if tier is None else config.tiers[tier].max_length
+            name = "reference" if tier is None else f"reference, tier up to {length}"
+            logits = reference.logits(tokens[: positions[-1] + 1], keep=positions, length=length)
+            self._logits.update(zip(rows, logits, strict=True))
+
+    def of(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
+        """(len(rows), vocabulary)."""
+        return np.stack([self._logits[row] for row in rows])
+
+
+def verify_export(
+    export: Export,
+    config: LongRopeConfig,
+    tokens: Sequence[int],
+    cases: Sequence[Case],
+    reference: ReferenceRows,
+    *,
+    limits: dict[str, Limit] | None = None,
+    text: str | None = None,
+    threads: int | None = None,
+    build: bool = False,
+    say: Say = lambda what, share: None,
+) -> ExportResult:
+    """Run every case on an export. Errors of the runtime become problems of the result.
+
+    Args:
+        limits: by precision, before the standard ones.
+        text: if given, the export's tokenizer must give `tokens` for its beginning.
+        threads: of the runtime.
+        build: compile llama.cpp where it is missing.
+    """
+    result = ExportResult(export, None, None)
+    try:
+        context = max(sum(case.batch) or case.length for case in cases) + 1
+        runtime = open_runtime(export, context=context, config=config, threads=threads, build=build)
+    except LongRopeError as error:
+        result.problems.append(str(error))
+        return result
+    try:
+        limit = limit_for(runtime.info.precision, limits)
+        result = ExportResult(export, runtime.info, limit)
+        if runtime.config is not None:
+            result.problems.extend(config_differences(config, runtime.config))
+        if text is not None and (ids := runtime.tokenize(text)) is not None:
+            result.problems.extend(_tokenizer_differences(list(tokens), ids))
+        for number, case in enumerate(cases):
+            say(f"{runtime.info.name}: {case.name}", number / len(cases))
+            result.cases.append(_run_case(runtime, case, config, tokens, reference, limit))
+        say(runtime.info.name, 1.0)
+    except LongRopeError as error:
+        result.problems.append(str(error))
+    finally:
+        runtime.close()
+    return result
+
+
+def _run_case(
+    runtime: Runtime,
+    case: Case,
+    config: LongRopeConfig,
+    tokens: Sequence[int],
+    reference: ReferenceRows,
+    limit: Limit,
+) -> CaseResult:
+    rows = rows_of(case, config)
+    begun = time.perf_counter()
+    if case.batch:
+        parts = runtime.batch([tokens[:length] for length in case.batch], case.batch_keep)
+    else:
+        sequence = runtime.start(declared_length=case.declared_length, chunk_size=case.chunk_size)
+        parts, position = [], 0
+        for append in case.appends:
+            part = tokens[position : position + append.count]
+            parts.append(sequence.append(part, keep=append.keep))
+            position += append.count
+    seconds = time.perf_counter() - begun
+    following = [tokens[r.position + 1] if r.position + 1 < len(tokens) else None for r in rows]
+    difference = compare(np.concatenate(parts), reference.of(rows), following)
+    misses = difference.misses(limit)
+    first = min((row.position for row, bad in zip(rows, misses, strict=True) if bad), default=None)
+    return CaseResult(case, rows, difference, first, seconds)
+
+
+def config_differences(expected: LongRopeConfig, got: LongRopeConfig) -> list[str]:
+    """What an export's own definition says otherwise; float32 is as exact as a file has to be."""
+    problems = []
+    for name in ("rotary_dim", "max_position_embeddings", "switch", "logit_scaling", "layers"):
+        want, have = getattr(expected, name), getattr(got, name)
+        if want != have:
+            problems.append(f"{name} is {have}, expected {want}")
+    if abs(got.rope_theta / expected.rope_theta - 1) > 1e-6:
+        problems.append(f"rope_theta is {got.rope_theta}, expected {expected.rope_theta}")
+    if len(got.tiers) != len(expected.tiers):
+        return [*problems, f"{len(got.tiers)} tiers, expected {len(expected.tiers)}"]
+    for index, (want, have) in enumerate(zip(expected.tiers, got.tiers, strict=True)):
+        for name in ("max_length", "num_start_tokens"):
+            if getattr(want, name) != getattr(have, name):
+                problems.append(
+                    f"tiers[{index}].{name} is {getattr(have, name)}, expected {getattr(want, name)}"
+                )
+        if abs(have.attention_factor / want.attention_factor - 1) > 1e-6:
+            problems.append(
+                f"tiers[{index}].attention_factor is {have.attention_factor}, "
+                f"expected {want.attention_factor}"
+            )
+        pairs = zip(have.rescale_factors, want.rescale_factors, strict=False)
+        wrong = [pair for pair, (a, b) in enumerate(pairs) if abs(a / b - 1) > 1e-6]
+        if wrong:
+            problems.append(
+                f"tiers[{index}].rescale_factors[{wrong[0]}] is {have.rescale_factors[wrong[0]]}, "
+                f"expected {want.rescale_factors[wrong[0]]} ({len(wrong)} factors differ)"
+            )
+    return problems
+
+
+def _tokenizer_differences(expected: list[int], got: list[int]) -> list[str]:
+    for index, (want, have) in enumerate(zip(expected, got, strict=False)):
+        if want != have:
+            return [f"tokenizer: token {index} of the text is {have}, the source's is {want}"]
+    if len(got) < min(len(expected), 8):
+        return [f"tokenizer: gives {len(got)} tokens, the source's gives {len(expected)} or more"]
+    return []
