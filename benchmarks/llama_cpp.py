@@ -136,7 +136,9 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=4, help="of every process")
     parser.add_argument("--steps", type=int, default=64, help="decoded tokens of every launch")
     parser.add_argument("--prefills", type=int, default=4, help="of every launch")
-    parser.add_argument("--positions", default="0,20000", help="where the prompt begins")
+    parser.add_argument(
+        "--positions", default="0,20000", help="where the prompt begins; empty: not this table"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--long", type=int, default=32768, help="0: without the long prefill")
     arguments = parser.parse_args()
@@ -155,7 +157,7 @@ def main() -> None:
             "patched, 3 tiers, 64 start tokens": (driver.patched, three),
             f"patched, {count} tiers": (driver.patched, many),
         }
-        for position in map(int, arguments.positions.split(",")):
+        for position in (int(text) for text in arguments.positions.split(",") if text):
             title = f"speed against stock, {PROMPT} tokens from position {position}"
             table = Table("what", "prefill", "decode", "each launch", title=title)
             launches = [
