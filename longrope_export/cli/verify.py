@@ -129,7 +129,7 @@ def command(
         if length < 2:
             raise ConfigError("not enough free memory for this model in float32: give --length")
     cases = make_cases(config, length)
-    count = max(case.length for case in cases)
+    count = max(case.num_tokens for case in cases)
     content = None if text is None else text.read_text(encoding="utf-8")
     tokens = make_tokens(source, content, count, seed)
     with share_progress() as step:

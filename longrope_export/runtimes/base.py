@@ -28,6 +28,7 @@ class RuntimeInfo:
         path: the model that it runs.
         precision: of the weights and of what is computed around them: fp32, fp16, bf16, q8_0, ...
         switching: when it changes tiers, in a few words.
+        any_position: a sequence may begin at a position other than 0.
     """
 
     name: str
@@ -35,6 +36,7 @@ class RuntimeInfo:
     path: Path
     precision: str
     switching: str
+    any_position: bool = True
 
 
 class RunningSequence(Protocol):
@@ -70,13 +72,19 @@ class Runtime(Protocol):
     config: LongRopeConfig | None
 
     def start(
-        self, *, declared_length: int | None = None, chunk_size: int = DEFAULT_CHUNK
+        self,
+        *,
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+        first_position: int = 0,
     ) -> RunningSequence:
         """An empty sequence; the one before it may end by this.
 
         Args:
-            declared_length: tokens that the sequence will have in the end, for the rule `sequence`.
+            declared_length: position behind the last token that the sequence will have in the
+                end, for the rule `sequence`.
             chunk_size: most tokens of one call of the runtime.
+            first_position: of the first token; nothing lies before it.
         """
         ...
 

@@ -47,6 +47,7 @@ class GenaiModel:
             path=folder,
             precision=precision,
             switching="once, by max_length" if self.config else "by the folder's own graph",
+            any_position=False,
         )
         try:
             settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
@@ -56,9 +57,19 @@ class GenaiModel:
             raise ModelError(f"{folder}: onnxruntime-genai cannot load it: {error}") from error
 
     def start(
-        self, *, declared_length: int | None = None, chunk_size: int = DEFAULT_CHUNK
+        self,
+        *,
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+        first_position: int = 0,
     ) -> GenaiSequence:
-        """An empty sequence, under the tier of max_length or, without one, the declared length."""
+        """An empty sequence, under the tier of max_length or, without one, the declared length.
+
+        Raises:
+            ModelError: first_position is not 0.
+        """
+        if first_position:
+            raise ModelError("onnxruntime-genai counts positions from 0")
         length = self.max_length or declared_length or self._default_length
         settings = self.genai.GeneratorParams(self.model)
         settings.set_search_options(max_length=length, do_sample=False)

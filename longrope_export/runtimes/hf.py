@@ -80,12 +80,16 @@ class HfModel:
         )
 
     def start(
-        self, *, declared_length: int | None = None, chunk_size: int = DEFAULT_CHUNK
+        self,
+        *,
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+        first_position: int = 0,
     ) -> HfSequence:
         """An empty sequence; under `sequence` a declared length freezes its tier until the next."""
         pinned = declared_length and self.config.switch is SwitchPolicy.SEQUENCE
         self._freeze(self._tier_index(declared_length or 0) if pinned else None)
-        return HfSequence(self, chunk_size)
+        return HfSequence(self, chunk_size, first_position)
 
     def batch(self, sequences: Sequence[Tokens], keep: int) -> list[Logits]:
         """One forward, padded on the left."""
@@ -134,10 +138,10 @@ class HfModel:
 class HfSequence:
     """One sequence with its DynamicCache. Made by HfModel.start."""
 
-    def __init__(self, model: HfModel, chunk_size: int) -> None:
+    def __init__(self, model: HfModel, chunk_size: int, first_position: int) -> None:
         from transformers import DynamicCache
 
-        self.model, self._chunk = model, chunk_size
+        self.model, self._chunk, self._first = model, chunk_size, first_position
         self._cache: Any = DynamicCache(config=model.model.config)
         self.length = 0
 
@@ -152,9 +156,12 @@ class HfSequence:
             part = ids[:, first : first + self._chunk].to(self.model.model.device)
             rest = ids.shape[1] - first - part.shape[1]
             count = min(max(wanted - rest, 0), part.shape[1])
+            begin = self._first + self.length
+            positions = torch.arange(begin, begin + part.shape[1], device=part.device)
             with torch.no_grad():
                 logits = self.model.model(
                     part,
+                    position_ids=positions[None],
                     past_key_values=self._cache,
                     use_cache=True,
                     logits_to_keep=max(count, 1),

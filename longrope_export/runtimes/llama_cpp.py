@@ -90,11 +90,16 @@ class LlamaCppModel:
         )
 
     def start(
-        self, *, declared_length: int | None = None, chunk_size: int = DEFAULT_CHUNK
+        self,
+        *,
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+        first_position: int = 0,
     ) -> LlamaCppSequence:
         """An empty sequence; the sequence before it is forgotten."""
         self.tell("clear")
-        return LlamaCppSequence(self, declared_length or 0, chunk_size, self._reprocesses)
+        declared = (declared_length or 0) if self._reprocesses else None
+        return LlamaCppSequence(self, declared, chunk_size, first_position)
 
     def batch(self, sequences: Sequence[Tokens], keep: int) -> list[Logits]:
         """At most four sequences, in one call of llama_decode."""
@@ -159,13 +164,11 @@ class LlamaCppSequence:
     """The one sequence of a LlamaCppModel. Made by LlamaCppModel.start."""
 
     def __init__(
-        self, model: LlamaCppModel, declared_length: int, chunk_size: int, reprocesses: bool
+        self, model: LlamaCppModel, declared: int | None, chunk_size: int, first_position: int
     ) -> None:
-        self.model, self._chunk, self._reprocesses = model, chunk_size, reprocesses
-        self._declared = declared_length
+        self.model, self._chunk, self._first = model, chunk_size, first_position
+        self._declared = declared  # None: nothing is ever declared or computed again
         self.tokens: list[int] = []
-        if reprocesses and declared_length:
-            model.tell(f"length 0 {declared_length}")
 
     @property
     def length(self) -> int:
@@ -176,14 +179,14 @@ class LlamaCppSequence:
         """See RunningSequence; under the rule `sequence` all is computed again where it must be."""
         added = [int(token) for token in tokens]
         wanted = len(added) if keep is None else min(keep, len(added))
-        total = self.length + len(added)
-        if self._reprocesses:
-            added = self._moved_to_tier_of(max(total, self._declared)) + added
+        if self._declared is not None:
+            end = self._first + self.length + len(added)
+            added = self._moved_to_tier_of(max(end, self._declared)) + added
         kept = []
         while added:
             count = min(self._chunk, len(added))
             rest = len(added) - count
-            self.model.add(added[:count], self.length)
+            self.model.add(added[:count], self._first + self.length)
             kept.append(self.model.decode(min(max(wanted - rest, 0), count)))
             self.tokens += added[:count]
             added = added[count:]

@@ -67,17 +67,22 @@ class OnnxModel:
         self._rerotation: Any = None
 
     def start(
-        self, *, declared_length: int | None = None, chunk_size: int = DEFAULT_CHUNK
+        self,
+        *,
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+        first_position: int = 0,
     ) -> OnnxSequence:
         """An empty sequence.
 
         Args:
-            declared_length: tokens that the sequence will have in the end. Under `sequence` it
-                picks the tier from the beginning, so that nothing is recomputed; under `causal`
-                it changes nothing.
+            declared_length: position behind the last token that the sequence will have in the
+                end. Under `sequence` it picks the tier from the beginning, so that nothing is
+                recomputed; under `causal` it changes nothing.
             chunk_size: most tokens of one call; smaller needs less memory.
+            first_position: of the first token; nothing lies before it.
         """
-        return OnnxSequence(self, declared_length, chunk_size)
+        return OnnxSequence(self, declared_length, chunk_size, first_position)
 
     def logits(self, tokens: Tokens, *, chunk_size: int = DEFAULT_CHUNK) -> Logits:
         """(len(tokens), vocabulary) float32 logits of one sequence.
@@ -165,14 +170,22 @@ class OnnxModel:
             logits = sequence.append([token])
 
     def rerotate(
-        self, keys: dict[str, Any], capacity: int, old: FactorTier, new: FactorTier
+        self,
+        keys: dict[str, Any],
+        positions: npt.NDArray[np.int64],
+        old: FactorTier,
+        new: FactorTier,
     ) -> None:
-        """Run rerotate.onnx on key caches (name -> OrtValue), in place of the old values."""
+        """Run rerotate.onnx on key caches (name -> OrtValue), in place of the old values.
+
+        Args:
+            positions: of the columns of the caches.
+        """
         if self._rerotation is None:
             self._rerotation = self._open(self.folder / "rerotate.onnx")
         session = self._rerotation
         binding = session.io_binding()
-        binding.bind_cpu_input("position_ids", np.arange(capacity, dtype=np.int64)[None])
+        binding.bind_cpu_input("position_ids", positions[None])
         binding.bind_cpu_input("from_length", np.asarray([[old.max_length]], np.int64))
         binding.bind_cpu_input("to_length", np.asarray([[new.max_length]], np.int64))
         names = [value.name for value in session.get_inputs() if value.name.startswith("past")]
@@ -187,7 +200,13 @@ class OnnxModel:
 class OnnxSequence:
     """One sequence with its key-value cache. Made by OnnxModel.start."""
 
-    def __init__(self, model: OnnxModel, declared_length: int | None, chunk_size: int) -> None:
+    def __init__(
+        self,
+        model: OnnxModel,
+        declared_length: int | None,
+        chunk_size: int,
+        first_position: int = 0,
+    ) -> None:
         if chunk_size < 1:
             raise ConfigError(f"chunk_size must be at least 1 token, got {chunk_size}")
         if declared_length is not None:
@@ -196,6 +215,7 @@ class OnnxSequence:
         self.tokens: list[int] = []
         self.tier: FactorTier | None = None
         self._declared, self._chunk = declared_length or 0, chunk_size
+        self._first = first_position
         self._caches: dict[str, Any] = {}
         self._capacity = 0
 
@@ -222,7 +242,7 @@ class OnnxSequence:
             raise ConfigError("append needs at least one token")
         total = self.length + len(added)
         config = self.model.config
-        final = config.select_tier(max(total, self._declared))
+        final = config.select_tier(max(self._first + total, self._declared))
         wanted = len(added) if keep is None else min(keep, len(added))
         if config.switch is SwitchPolicy.SEQUENCE and self.tier is not final:
             self.tier = final  # the whole sequence under the new tier, keys and values anew
@@ -245,16 +265,17 @@ class OnnxSequence:
         count = min(waiting, self._chunk)
         config = self.model.config
         if config.switch is SwitchPolicy.CAUSAL:
-            border = config.select_tier(self.length + 1).max_length
-            count = min(count, border - self.length)
+            begin = self._first + self.length
+            count = min(count, config.select_tier(begin + 1).max_length - begin)
         return count
 
     def _enter_tier(self, length: int) -> None:
         if self.model.config.switch is SwitchPolicy.SEQUENCE:
             return
-        tier = self.model.config.select_tier(length)
+        tier = self.model.config.select_tier(self._first + length)
         if self.tier is not None and tier is not self.tier:
-            self.model.rerotate(self._caches, self._filled(), self.tier, tier)
+            positions = np.arange(self._first, self._first + self._filled(), dtype=np.int64)
+            self.model.rerotate(self._caches, positions, self.tier, tier)
         self.tier = tier
 
     def _filled(self) -> int:
@@ -277,7 +298,8 @@ class OnnxSequence:
         if not self._shares_buffers or length <= self._capacity:
             return
         limit = self.model.config.max_position_embeddings
-        capacity = max(length, self._declared, _SMALLEST_CAPACITY, 2 * self._capacity)
+        declared = self._declared - self._first
+        capacity = max(length, declared, _SMALLEST_CAPACITY, 2 * self._capacity)
         capacity = max(length, min(capacity, limit))
         for name, value in self.model.caches.items():
             larger = _empty_cache(value, capacity)
@@ -296,7 +318,7 @@ class OnnxSequence:
         for name, array in (
             ("input_ids", np.asarray([tokens], np.int64)),
             ("attention_mask", np.ones((1, total), np.int64)),
-            ("position_ids", np.arange(start, total, dtype=np.int64)[None]),
+            ("position_ids", np.arange(start, total, dtype=np.int64)[None] + self._first),
             ("rope_length", np.asarray([[self.tier.max_length]], np.int64)),
             ("num_logits_to_keep", np.asarray([keep], np.int64)),
         ):

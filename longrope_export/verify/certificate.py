@@ -79,6 +79,7 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
     losses = difference.loss[np.isfinite(difference.loss)]
     return {
         "name": result.case.name,
+        "origin": result.case.origin,
         "length": result.case.length,
         "compared_rows": len(result.rows),
         "max_difference": float(difference.difference.max()),

@@ -28,10 +28,12 @@ class Row:
     Attributes:
         position: of the token that the logits follow.
         tier: index of the tier that the token is computed under.
+        origin: position of the sequence's first token.
     """
 
     position: int
     tier: int
+    origin: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Case:
         declared_length: told to the runtime at the start; None leaves it to find out.
         batch: lengths of sequences that are computed together, instead of appends.
         batch_keep: rows that are compared of each.
+        origin: position of the first token. Above 0 nothing lies before it: a few tokens then
+            show what a runtime does at any position, however far.
     """
 
     name: str
@@ -61,19 +65,29 @@ class Case:
     declared_length: int | None = None
     batch: tuple[int, ...] = ()
     batch_keep: int = 1
+    origin: int = 0
 
     @property
-    def length(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens of the longest sequence."""
         return max((*self.batch, sum(append.count for append in self.appends)))
 
+    @property
+    def length(self) -> int:
+        """Position behind the last token."""
+        return self.origin + self.num_tokens
+
 
 def make_cases(config: LongRopeConfig, limit: int) -> list[Case]:
-    """The plan for sequences of up to `limit` tokens.
+    """The plan: sequences of up to `limit` tokens, and short ones at every tier border.
 
     Args:
         limit: at least 2, at most the last tier's max_length.
     """
+    return [*_from_the_start(config, limit), *_jumps(config)]
+
+
+def _from_the_start(config: LongRopeConfig, limit: int) -> list[Case]:
     chunk_size = min(_CHUNK, max(1, limit // 3 - 1))
     borders = tested_borders(config, limit)
     first = min(borders, default=limit)
@@ -82,7 +96,9 @@ def make_cases(config: LongRopeConfig, limit: int) -> list[Case]:
     if config.switch is SwitchPolicy.CAUSAL:
         stops = _stops(config, borders, limit)
         whole = Case("one prefill", _whole(stops, limit))
-        chunks = Case(f"chunks of {chunk_size}", _whole(stops, limit), chunk_size)
+        end = limit if limit <= _KEPT_ALL else min(limit, first + _WINDOW // 2)
+        stops = _stops(config, [b for b in borders if b < end], end)
+        chunks = Case(f"chunks of {chunk_size}", _whole(stops, end), chunk_size)
         steps = [Case("one by one over borders", _steps(borders, limit))] if borders else []
         return [whole, chunks, *steps, batch]
     ends = sorted({limit, *(b for b in borders), *(b + 1 for b in borders if b < limit)})
@@ -95,12 +111,31 @@ def make_cases(config: LongRopeConfig, limit: int) -> list[Case]:
     return [*cases, chunks, *steps, batch]
 
 
+def _jumps(config: LongRopeConfig) -> list[Case]:
+    """A few tokens around each tier border and at the end, with nothing before them."""
+    target = config.max_position_embeddings
+    borders = [b for b in tested_borders(config, target) if b > _WINDOW]
+    pinned = config.switch is SwitchPolicy.SEQUENCE
+    cases = []
+    for border in [*borders, target]:
+        end = border if pinned else min(border + _WINDOW // 2, target)
+        origin = max(0, border - _WINDOW)
+        whole = (Append(end - origin, end - origin),)
+        cases.append(Case(f"from position {origin}", whole, declared_length=end, origin=origin))
+    for border in borders:
+        origin = border - _WINDOW
+        steps = _walk([_WINDOW], _WINDOW + _SINGLE)
+        cases.append(Case(f"from position {origin}, one by one", tuple(steps), origin=origin))
+    return cases
+
+
 def rows_of(case: Case, config: LongRopeConfig) -> list[Row]:
     """The compared rows, in the order in which the runtime hands them out."""
     causal = config.switch is SwitchPolicy.CAUSAL
 
     def row(position: int, length: int) -> Row:
-        return Row(position, tier_index(config, position + 1 if causal else length))
+        tier = tier_index(config, position + 1 if causal else length)
+        return Row(position, tier, case.origin)
 
     if case.batch:
         return [
@@ -108,7 +143,7 @@ def rows_of(case: Case, config: LongRopeConfig) -> list[Row]:
             for length in case.batch
             for position in range(length - case.batch_keep, length)
         ]
-    rows, end = [], 0
+    rows, end = [], case.origin
     for append in case.appends:
         end += append.count
         length = max(end, case.declared_length or 0)

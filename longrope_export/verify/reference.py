@@ -54,19 +54,28 @@ class Reference:
         *,
         keep: Sequence[int] | None = None,
         length: int | None = None,
+        first_position: int = 0,
     ) -> npt.NDArray[np.float32]:
-        """Logits of one sequence from position 0, in one pass.
+        """Logits of one sequence, in one pass.
 
         Args:
             tokens: (n,) ids.
-            keep: positions whose logits are wanted; None for all.
-            length: the final length that picks the tier under `sequence`; n if None.
+            keep: indices of the tokens whose logits are wanted; None for all.
+            length: the final length that picks the tier under `sequence`; that of the last token
+                if None.
+            first_position: of tokens[0].
 
         Returns:
             (len(keep) or n, vocabulary) float32.
         """
         result = reference_logits(
-            self.model, self.config, tokens, keep=keep, length=length, progress=self._progress
+            self.model,
+            self.config,
+            tokens,
+            keep=keep,
+            positions=range(first_position, first_position + len(tokens)),
+            length=length,
+            progress=self._progress,
         )
         logits: npt.NDArray[np.float32] = result.numpy()
         return logits

@@ -86,18 +86,18 @@ class ReferenceRows:
     ) -> None:
         wanted = {row for case in cases for row in rows_of(case, config)}
         causal = config.switch is SwitchPolicy.CAUSAL
-        tiers = [None] if causal else sorted({row.tier for row in wanted})
         self._logits: dict[Row, npt.NDArray[np.float32]] = {}
-        name = "reference"
-        reference = Reference(path, config, lambda share: say(name, share))
-        for tier in tiers:
-            rows = sorted(
-                (row for row in wanted if tier in (None, row.tier)), key=lambda row: row.position
-            )
-            positions = [row.position for row in rows]
+        reference = Reference(path, config, lambda share: say("reference", share))
+        # one pass serves all rows of a sequence that is long enough; under `sequence`, of a tier
+        passes: dict[tuple[int, int | None], list[Row]] = {}
+        for row in sorted(wanted, key=lambda row: row.position):
+            passes.setdefault((row.origin, None if causal else row.tier), []).append(row)
+        for (origin, tier), rows in passes.items():
+            keep = [row.position - origin for row in rows]
             length = None if tier is None else config.tiers[tier].max_length
-            name = "reference" if tier is None else f"reference, tier up to {length}"
-            logits = reference.logits(tokens[: positions[-1] + 1], keep=positions, length=length)
+            logits = reference.logits(
+                tokens[: keep[-1] + 1], keep=keep, length=length, first_position=origin
+            )
             self._logits.update(zip(rows, logits, strict=True))
 
     def of(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
@@ -128,7 +128,7 @@ def verify_export(
     """
     result = ExportResult(export, None, None)
     try:
-        context = max(sum(case.batch) or case.length for case in cases) + 1
+        context = max(sum(case.batch) or case.num_tokens for case in cases) + 1
         runtime = open_runtime(export, context=context, config=config, threads=threads, build=build)
     except LongRopeError as error:
         result.problems.append(str(error))
@@ -141,6 +141,8 @@ def verify_export(
         if text is not None and (ids := runtime.tokenize(text)) is not None:
             result.problems.extend(_tokenizer_differences(list(tokens), ids))
         for number, case in enumerate(cases):
+            if case.origin and not runtime.info.any_position:
+                continue
             say(f"{runtime.info.name}: {case.name}", number / len(cases))
             result.cases.append(_run_case(runtime, case, config, tokens, reference, limit))
         say(runtime.info.name, 1.0)
@@ -164,14 +166,19 @@ def _run_case(
     if case.batch:
         parts = runtime.batch([tokens[:length] for length in case.batch], case.batch_keep)
     else:
-        sequence = runtime.start(declared_length=case.declared_length, chunk_size=case.chunk_size)
+        sequence = runtime.start(
+            declared_length=case.declared_length,
+            chunk_size=case.chunk_size,
+            first_position=case.origin,
+        )
         parts, position = [], 0
         for append in case.appends:
             part = tokens[position : position + append.count]
             parts.append(sequence.append(part, keep=append.keep))
             position += append.count
     seconds = time.perf_counter() - begun
-    following = [tokens[r.position + 1] if r.position + 1 < len(tokens) else None for r in rows]
+    next_tokens = (row.position - row.origin + 1 for row in rows)
+    following = [tokens[index] if index < len(tokens) else None for index in next_tokens]
     difference = compare(np.concatenate(parts), reference.of(rows), following)
     misses = difference.misses(limit)
     first = min((row.position for row, bad in zip(rows, misses, strict=True) if bad), default=None)
