@@ -48,23 +48,26 @@ def command(
 ) -> None:
     """Show a model's RoPE, its tiers, and what each runtime honours.
 
-    MODEL is a Hugging Face folder, a GGUF file, a hub id, or a factors file alone.
+    MODEL is a Hugging Face folder, a GGUF file, a hub id, or a factors file alone; an ONNX folder
+    of ours is read as a factors file.
 
     \b
     longrope-export inspect model.gguf
     longrope-export inspect model/ --factors f.json --plot wavelengths.png
     longrope-export inspect f.json
+    longrope-export inspect model-onnx/
     """
     from longrope_export.errors import FactorFileError
     from longrope_export.factor_files import read_factors, to_json
     from longrope_export.models.model import find_model, load_model
+    from longrope_export.onnx_metadata import is_onnx
     from longrope_export.outputs import check_output
 
     path = find_model(model, revision=revision, local_files_only=local_files_only)
     source: Model | None = None
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".json" or is_onnx(path):
         if factors or tiers:
-            raise FactorFileError("MODEL is a factors file itself: leave out --factors and --tier")
+            raise FactorFileError(f"{path} is factors itself: leave out --factors and --tier")
         config = read_factors(path)
     else:
         source = load_model(path)
