@@ -13,7 +13,7 @@ from longrope_export import __version__
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ToolError, UnsupportedError
 from longrope_export.factor_files import to_json
-from longrope_export.honours import YES, fields_in_use
+from longrope_export.honours import honours
 from longrope_export.models.model import Model, ModelKind
 from longrope_export.outputs import replace_folder_when_done
 
@@ -81,7 +81,6 @@ class OnnxConverter:
         """
         from longrope_converters.to_onnx.genai import (
             copy_tokenizer,
-            genai_honours,
             genai_notes,
         )
         from longrope_converters.to_onnx.graph import DATA_NAME
@@ -117,12 +116,7 @@ class OnnxConverter:
             num_bytes=num_bytes,
             config=rope,
             notes=notes,
-            honours={
-                "ONNX Runtime (longrope_export.runtimes.onnx)": dict.fromkeys(
-                    fields_in_use(rope), YES
-                ),
-                "onnxruntime-genai": genai_honours(rope, self.options.ops),
-            },
+            honours=honours(rope, model),
         )
 
     def _build(self, model: Model, rope: LongRopeConfig) -> _Plan:

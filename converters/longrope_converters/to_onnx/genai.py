@@ -11,7 +11,6 @@ from longrope_converters.to_onnx.folder_output import TOKENIZER_FILES
 from longrope_converters.to_onnx.source import Source
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
-from longrope_export.honours import YES, Cell, Verdict, fields_in_use
 
 # any decoder-only model; never "phi3", "phimoe" or "phi3small", at whose names onnxruntime-genai
 # throws the cache away at 4097 or 8193 tokens, whatever the model says
@@ -85,21 +84,6 @@ def genai_config(
             **{name: generation[name] for name in _SAMPLING if generation.get(name) is not None},
         },
     }
-
-
-def genai_honours(rope: LongRopeConfig, ops: str) -> dict[str, Cell]:
-    """What onnxruntime-genai does with each field: it runs one tier from the first token on."""
-    chooser = "the max_length given at export" if ops == "standard" else "search.max_length"
-    one = Cell(Verdict.PARTLY, f"one tier for the whole sequence, the one of {chooser}")
-    switch = Cell(Verdict.NO, f"one tier for every position, chosen by {chooser}")
-    if rope.switch is SwitchPolicy.SEQUENCE:
-        switch = Cell(Verdict.YES, f"pinned: {chooser} is the declared length")
-    cells = dict.fromkeys(fields_in_use(rope), YES)
-    if len(rope.tiers) > 1:
-        tiers = dict.fromkeys(("first_tier", "middle_tiers", "last_tier"), one)
-        cells |= {name: cell for name, cell in tiers.items() if name in cells}
-        cells["switch"] = switch
-    return cells
 
 
 def genai_notes(
