@@ -80,8 +80,8 @@ class OnnxConverter:
             LongRopeError: see check; or the source is damaged, or the output cannot be written.
         """
         from longrope_converters.to_onnx.genai import (
-            copy_tokenizer,
             genai_notes,
+            write_tokenizer_files,
         )
         from longrope_converters.to_onnx.graph import DATA_NAME
         from longrope_converters.to_onnx.weights import write_data
@@ -98,16 +98,13 @@ class OnnxConverter:
                 plan.rerotation.save(folder / "rerotate.onnx", metadata)
             text = json.dumps(plan.genai, indent=2)
             (folder / "genai_config.json").write_text(text, encoding="utf-8")
-            has_tokenizer = copy_tokenizer(plan.source, folder)
+            tokenizer_notes = write_tokenizer_files(
+                plan.source, folder, rope.max_position_embeddings
+            )
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
         notes = genai_notes(
             plan.decoder, rope, self.options.ops, max_length, plan.graph.dtype.itemsize
         )
-        if not has_tokenizer:
-            notes += (
-                "there is no tokenizer.json, which onnxruntime-genai needs: name a folder that has "
-                "it with --tokenizer",
-            )
         return ExportReport(
             output=output,
             source=model.path,
@@ -115,7 +112,7 @@ class OnnxConverter:
             route=f"{self.options.precision}, {self.options.ops}",
             num_bytes=num_bytes,
             config=rope,
-            notes=notes,
+            notes=notes + tokenizer_notes,
             honours=honours(rope, model),
         )
 
@@ -140,7 +137,7 @@ class OnnxConverter:
             )
         source = open_source(model)
         if self.options.tokenizer is not None:
-            source = replace(source, tokenizer_folder=self.options.tokenizer, chat_template=None)
+            source = replace(source, tokenizer=self.options.tokenizer)
         decoder = describe(source.settings)
         # a cache of standard operators has no spare room, so its capacity cannot tell a length
         pinned = length or rope.max_position_embeddings if self.options.ops == "standard" else 0
