@@ -1,10 +1,12 @@
-"""`longrope-export onnx` against onnxruntime-genai's own builder: export and speed.
+"""`longrope-export onnx` against onnxruntime-genai's own builder and torch.onnx.export.
 
     python benchmarks/onnx_export.py --model smollm2-folder/ --workdir /scratch/bench
 
-Exports are whole commands, in turn, compared by the median. Speed is CPU time of one thread in plain
-ONNX Runtime, all models in turn in one process, best of the rounds: CPU time is what a shared machine
-leaves comparable.
+Exports are whole commands, in turn, compared by the median. Speed is measured in plain ONNX Runtime on
+one thread: the models of a group are loaded together and take turns, call by call, in an order that
+rotates. What is printed is the median over the turns of the ratio within a turn, so that a machine that
+slows down for a while slows both. The builder's model is loaded twice: what its second instance
+differs from the first is the noise.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,28 @@ from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.factor_files import write_factors
 from longrope_export.models.model import Model, load_model
 
-PREFILL, CAPACITY = 512, 4096
 LONG = 131072
+Measurements = dict[str, float]
+# what is compared: row -> folder, the first of a group being what the others are held against
+GROUPS = {
+    "fp32": {
+        "builder": "builder-fp32",
+        "builder again": "builder-fp32",
+        "ours, one tier": "ours-fp32",
+        "ours, two tiers": "two-tiers-fp32",
+    },
+    "int4": {
+        "builder": "builder-int4",
+        "builder again": "builder-int4",
+        "ours, 4-bit embedding": "ours-int4-all",
+        "ours": "ours-int4",
+    },
+    f"choice of the tier, {LONG} rows": {
+        "one tier": "ours-fp32",
+        "one tier again": "ours-fp32",
+        "two tiers": "two-tiers-fp32",
+    },
+}
 
 
 def factors(model: Model, lengths: list[int]) -> LongRopeConfig:
@@ -45,14 +66,26 @@ def factors(model: Model, lengths: list[int]) -> LongRopeConfig:
     )
 
 
-def run(command: list[str]) -> dict[str, float]:
-    """Wall seconds, CPU seconds and peak MiB of a command."""
+class CommandError(Exception):
+    """The last line that a command said."""
+
+
+def run(command: list[str]) -> Measurements:
+    """Wall seconds, CPU seconds and peak MiB of a command.
+
+    Raises:
+        CommandError: it ended with an error.
+    """
     os.sync()
-    start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
+    with tempfile.TemporaryFile() as said:
+        start = time.monotonic()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            said.seek(0)
+            lines = said.read().decode(errors="replace").strip().splitlines()
+            raise CommandError(lines[-1] if lines else f"exit status {process.returncode}")
     return {
         "wall": time.monotonic() - start,
         "cpu": usage.ru_utime + usage.ru_stime,
@@ -60,35 +93,45 @@ def run(command: list[str]) -> dict[str, float]:
     }
 
 
-def exports(model: Path, work: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
+def exports(model: Path, work: Path, rounds: int) -> dict[str, list[Measurements] | str]:
+    """Every export `rounds` times in turn; a reason in place of measurements where one fails."""
     source = load_model(model)
     write_factors(factors(source, [LONG]), work / "one.json")
     write_factors(factors(source, [source.window, LONG]), work / "two.json")
     ours = [sys.executable, "-m", "longrope_export", "-q", "onnx", str(model), "--force"]
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model)]
     builder += ["-e", "cpu", "-c", str(work / "cache")]
+    torch = [sys.executable, str(Path(__file__).with_name("torch_onnx_export.py")), str(model)]
     one = ["--factors", str(work / "one.json")]
+    two = ["--factors", str(work / "two.json")]
+    int4 = [*ours, *one, "--precision", "int4"]
     commands = {
-        "ours fp32": [*ours, *one, "-o", str(work / "ours-fp32")],
-        "builder fp32": [*builder, "-p", "fp32", "-o", str(work / "builder-fp32")],
-        "ours int4": [*ours, *one, "-o", str(work / "ours-int4"), "--precision", "int4"],
-        "builder int4": [*builder, "-p", "int4", "-o", str(work / "builder-int4")],
+        "ours-fp32": [*ours, *one, "-o"],
+        "builder-fp32": [*builder, "-p", "fp32", "-o"],
+        "torch-fp32": torch,
+        "ours-int4": [*int4, "-o"],
+        "ours-int4-all": [*int4, "--embedding-bits", "4", "-o"],
+        "builder-int4": [*builder, "-p", "int4", "-o"],
     }
-    four = [*commands["ours int4"], "--embedding-bits", "4"]
-    commands["ours int4 all"] = [*four, "-o", str(work / "ours-int4-all")]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    results: dict[str, list[Measurements] | str] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
-            shutil.rmtree(work / name.replace(" ", "-"), ignore_errors=True)
-            results[name].append(run(command))
-    run([*ours, "--factors", str(work / "two.json"), "-o", str(work / "two-tiers-fp32")])
+            runs = results[name]
+            if isinstance(runs, str):
+                continue
+            shutil.rmtree(work / name, ignore_errors=True)
+            try:
+                runs.append(run([*command, str(work / name)]))
+            except CommandError as reason:
+                results[name] = str(reason)
+    run([*ours, *two, "-o", str(work / "two-tiers-fp32")])
     return results
 
 
 class Runner:
-    """A session with caches of a fixed capacity, which both kinds of model write in place."""
+    """A session with caches of a fixed capacity, which every kind of model here writes in place."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, capacity: int) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -97,7 +140,7 @@ class Runner:
             folder / "model.onnx", options, providers=["CPUExecutionProvider"]
         )
         decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
-        shape = (1, decoder["num_key_value_heads"], CAPACITY, decoder["head_size"])
+        shape = (1, decoder["num_key_value_heads"], capacity, decoder["head_size"])
         self.inputs = {value.name for value in self.session.get_inputs()}
         self.caches = {
             value.name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
@@ -105,8 +148,8 @@ class Runner:
             if value.name.startswith("past")
         }
 
-    def call(self, tokens: np.ndarray[Any, Any], start: int) -> float:
-        """CPU seconds of one call."""
+    def call(self, tokens: np.ndarray[Any, Any], start: int) -> Measurements:
+        """CPU and wall seconds of one call."""
         total = start + len(tokens)
         binding = self.session.io_binding()
         feeds = {
@@ -120,33 +163,62 @@ class Runner:
         for name, cache in self.caches.items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
-        before = time.thread_time()
+        cpu, wall = time.thread_time(), time.perf_counter()
         self.session.run_with_iobinding(binding)
-        return time.thread_time() - before
+        return {"cpu": time.thread_time() - cpu, "wall": time.perf_counter() - wall}
 
 
-def speeds(work: Path, names: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Tokens per CPU second, prefill and decode behind it."""
-    runners = {name: Runner(work / name.replace(" ", "-")) for name in names}
-    tokens = np.arange(PREFILL, dtype=np.int64) % 4000 + 5
-    prefill: dict[str, list[float]] = {name: [] for name in names}
-    decode: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, runner in runners.items():
-            prefill[name].append(runner.call(tokens, 0))
-        for step in range(12):
-            for name, runner in runners.items():
-                decode[name].append(runner.call(tokens[:1], PREFILL + step))
-    return {
-        name: {"prefill": PREFILL / min(prefill[name]), "decode": 1 / min(decode[name])}
-        for name in names
-    }
+def take_turns(
+    runners: dict[str, Runner], tokens: np.ndarray[Any, Any], starts: list[int]
+) -> dict[str, list[Measurements]]:
+    """One call of every model at each of `starts`, behind what they have cached, the first in front
+    being another one each time."""
+    names = list(runners)
+    measured: dict[str, list[Measurements]] = {name: [] for name in names}
+    for turn, start in enumerate(starts):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            measured[name].append(runners[name].call(tokens, start))
+    return measured
 
 
-def table(results: dict[str, Any], columns: dict[str, Callable[[Any], float]]) -> None:
-    print(f"{'':16}" + "".join(f"{column:>12}" for column in columns))
-    for name, values in results.items():
-        print(f"{name:16}" + "".join(f"{get(values):12.2f}" for get in columns.values()))
+def speeds(
+    folders: dict[str, Path], prompt: int, prefills: int, steps: int
+) -> dict[str, dict[str, list[Measurements]]]:
+    """Prefills of `prompt` tokens, and decode steps behind the last one."""
+    runners = {name: Runner(folder, prompt + steps + 1) for name, folder in folders.items()}
+    tokens = np.arange(prompt, dtype=np.int64) % 200 + 5
+    take_turns(runners, tokens, [0])  # warm up
+    prefill = take_turns(runners, tokens, [0] * prefills)
+    take_turns(runners, tokens[:1], [prompt])
+    decode = take_turns(runners, tokens[:1], [prompt + 1 + step for step in range(steps - 1)])
+    return {"prefill": prefill, "decode": decode}
+
+
+def print_exports(results: dict[str, list[Measurements] | str]) -> None:
+    keys = {"wall": "wall s", "cpu": "CPU s", "mib": "peak MiB"}
+    print(f"{'export':24}" + "".join(f"{title:>12}" for title in keys.values()))
+    for name, runs in results.items():
+        if isinstance(runs, str):
+            print(f"{name:24}  failed: {runs}")
+            continue
+        medians = (statistics.median(run[key] for run in runs) for key in keys)
+        print(f"{name:24}" + "".join(f"{value:12.2f}" for value in medians))
+
+
+def print_speeds(title: str, measured: dict[str, dict[str, list[Measurements]]]) -> None:
+    """Speed of each model as a part of the first one's, and milliseconds of a decode step."""
+    columns = [(phase, clock) for phase in ("prefill", "decode") for clock in ("cpu", "wall")]
+    print(f"\n{title + ': speed of the first':52}", end="")
+    print("".join(f"{f'{phase} {clock}':>14}" for phase, clock in columns) + f"{'ms/step':>12}")
+    reference = next(iter(measured["decode"]))
+    for name in measured["decode"]:
+        cells = []
+        for phase, clock in columns:
+            pairs = zip(measured[phase][reference], measured[phase][name], strict=True)
+            cells.append(statistics.median(first[clock] / own[clock] for first, own in pairs))
+        step = 1000 * statistics.median(own["cpu"] for own in measured["decode"][name])
+        print(f"{name:52}" + "".join(f"{cell:14.1%}" for cell in cells) + f"{step:12.2f}")
 
 
 def main() -> None:
@@ -155,30 +227,24 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--workdir", type=Path, help="some GB of space [a temporary folder]")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of the exports; 0: those in workdir")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prefill")
+    parser.add_argument("--prefills", type=int, default=8, help="turns")
+    parser.add_argument("--steps", type=int, default=100, help="turns of decoding")
     parser.add_argument("--json", type=Path, help="write every measurement")
     options = parser.parse_args()
     work = options.workdir or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
-    exported = exports(options.model, work, options.rounds)
-
-    def median(key: str) -> Callable[[list[dict[str, float]]], float]:
-        return lambda runs: statistics.median(run[key] for run in runs)
-
-    table(exported, {"wall s": median("wall"), "CPU s": median("cpu"), "MiB": median("mib")})
-    names = [
-        "builder fp32",
-        "ours fp32",
-        "two-tiers fp32",
-        "builder int4",
-        "ours int4 all",
-        "ours int4",
-    ]
-    speed = speeds(work, names, options.rounds)
-    print("\ntokens per CPU second")
-    table(speed, {key: lambda row, key=key: row[key] for key in ("prefill", "decode")})  # type: ignore[misc]
+    every: dict[str, Any] = {}
+    if options.rounds:
+        every["exports"] = exports(options.model, work, options.rounds)
+        print_exports(every["exports"])
+    for title, group in GROUPS.items():
+        folders = {name: work / folder for name, folder in group.items()}
+        every[title] = speeds(folders, options.prompt, options.prefills, options.steps)
+        print_speeds(title, every[title])
     if options.json:
-        options.json.write_text(json.dumps({"exports": exported, "speeds": speed}, indent=1))
+        options.json.write_text(json.dumps(every, indent=1))
 
 
 if __name__ == "__main__":

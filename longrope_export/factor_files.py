@@ -24,6 +24,7 @@ from longrope_export.models.hf_config import (
 )
 from longrope_export.models.model import Model, check_fits
 from longrope_export.models.native import native_of_gguf, native_of_hf
+from longrope_export.onnx_metadata import is_onnx, read_config
 from longrope_export.outputs import write_text
 
 MAX_FILE_BYTES = 256 << 20
@@ -49,7 +50,8 @@ def write_factors(config: LongRopeConfig, output: Path) -> None:
 def read_factors(path: Path, model: Model | None = None) -> LongRopeConfig:
     """Read a factors file of any known shape but CSV (see read_csv_ladder) and check the fit.
 
-    Known are: our JSON; a config.json or its bare rope_scaling / rope_parameters block; a GGUF.
+    Known are: our JSON; a config.json or its bare rope_scaling / rope_parameters block; a GGUF; an
+    ONNX file of ours, or its folder.
 
     Args:
         model: the model that the factors are for; a bare block needs it for what it leaves out.
@@ -57,9 +59,9 @@ def read_factors(path: Path, model: Model | None = None) -> LongRopeConfig:
     Raises:
         FactorFileError: naming file, field, expected, got, and what to do.
     """
-    if path.is_dir():
+    if path.is_dir() and not is_onnx(path):
         path = path / "config.json"
-    if not path.is_file():
+    if not (path.is_file() or is_onnx(path)):
         raise FactorFileError(f"{path}: no such factors file")
     if path.suffix.lower() == ".csv":
         raise FactorFileError(
@@ -67,7 +69,7 @@ def read_factors(path: Path, model: Model | None = None) -> LongRopeConfig:
             f"for example --tier 131072={path.name}"
         )
     try:
-        config = _read_gguf(path) if _starts_with(path, MAGIC) else _read_json(path, model)
+        config = _read_any(path, model)
     except FactorFileError:
         raise
     except LongRopeError as error:
@@ -161,6 +163,14 @@ def read_csv(path: Path, pairs: int) -> tuple[int, tuple[float, ...]]:
     return start, tuple(float(value) for value in values)
 
 
+def _read_any(path: Path, model: Model | None) -> LongRopeConfig:
+    if is_onnx(path):
+        return read_config(path)
+    if _starts_with(path, MAGIC):
+        return native_of_gguf(read_header(path))
+    return _read_json(path, model)
+
+
 def _read_table(path: Path) -> npt.NDArray[np.float64]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -244,10 +254,6 @@ def _block_target(path: Path, block: Mapping[str, Any], model: Model) -> int:
         f"{path}: a bare rope block without `factor` does not say the target length: add "
         f'"factor": target / window, or use the whole config.json'
     )
-
-
-def _read_gguf(path: Path) -> LongRopeConfig:
-    return native_of_gguf(read_header(path))
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

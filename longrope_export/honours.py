@@ -153,6 +153,51 @@ def _mlx_lm(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
     }
 
 
+def _onnx_runtime(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
+    """Our export in longrope_export.runtimes.onnx."""
+    if model.family.name in ONNX_FAMILIES:
+        return dict.fromkeys(FIELDS, YES)
+    return dict.fromkeys(FIELDS, Cell(Verdict.NO, "`longrope-export onnx` refuses the family"))
+
+
+def _onnxruntime_genai(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
+    """Our export: the tier is a row offset that its one max_length picks."""
+    cells = _onnx_runtime(config, model)
+    if model.family.name not in ONNX_FAMILIES or len(config.tiers) == 1:
+        return cells
+    one = Cell(Verdict.PARTLY, "one tier for the whole sequence, the one of max_length")
+    switch = Cell(Verdict.NO, "one tier for every position, the one of max_length")
+    if config.switch is SwitchPolicy.SEQUENCE:
+        switch = Cell(Verdict.YES, "pinned: max_length is the declared length")
+    tiers = dict.fromkeys(("first_tier", "middle_tiers", "last_tier"), one)
+    return {**cells, **tiers, "switch": switch}
+
+
+def _genai_builder(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
+    """onnxruntime_genai.models.builder 0.18 on the folder that `longrope-export safetensors` writes."""
+    if model.family.name == "llama":
+        plain = Cell(Verdict.NO, "exports plain RoPE without a word: runs the base model")
+        return dict.fromkeys(FIELDS, plain)
+    if model.family.name != "phi3":
+        return dict.fromkeys(FIELDS, Cell(Verdict.NO, "refuses the family with factors"))
+    # the runtime recomputes at 4097 tokens, for phi3 alone and whatever the model says
+    recomputed = config.tiers[0].max_length == 4096
+    keys = "keys are recomputed" if recomputed else "cached keys stay as they are"
+    return {
+        "first_tier": YES,
+        "last_tier": YES,
+        "middle_tiers": Cell(Verdict.NO, "short and long only"),
+        "switch": Cell(
+            Verdict.PARTLY if config.switch is SwitchPolicy.SEQUENCE else Verdict.NO,
+            f"by the longest sequence of the batch; when one crosses, {keys}",
+        ),
+        "attention_factor": _one_attention_factor(config, "the last tier's, at every length"),
+        "num_start_tokens": Cell(Verdict.NO, "every position is rescaled"),
+        "logit_scaling": Cell(Verdict.NO, "logits are not scaled"),
+        "layers": Cell(Verdict.NO, "every layer"),
+    }
+
+
 def _one_attention_factor(config: LongRopeConfig, instead: str) -> Cell:
     if len({tier.attention_factor for tier in config.tiers}) == 1:
         return YES
@@ -165,6 +210,9 @@ PATCHED_ARCHITECTURES = frozenset(
     | {"phi3", "phimoe", "gemma", "gemma2", "gemma3"}
 )
 
+# those that longrope_converters.to_onnx.families describes
+ONNX_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "granite"})
+
 RUNTIMES: dict[str, Callable[[LongRopeConfig, Model], dict[str, Cell]]] = {
     "llama.cpp": _llama_cpp,
     "llama.cpp, patched": _patched_llama_cpp,
@@ -172,4 +220,7 @@ RUNTIMES: dict[str, Callable[[LongRopeConfig, Model], dict[str, Cell]]] = {
     "vLLM": _vllm,
     "SGLang": _sglang,
     "mlx-lm": _mlx_lm,
+    "ONNX Runtime, our runner": _onnx_runtime,
+    "onnxruntime-genai": _onnxruntime_genai,
+    "onnxruntime-genai's builder": _genai_builder,
 }

@@ -86,7 +86,8 @@ def test_inspect_shows_tables_and_a_picture(tiny_gguf: Path, factors: Path, tmp_
     result = run("inspect", tiny_gguf, "--factors", factors, "--plot", picture)
     assert result.returncode == 0, result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
-    for words in ("rope theta", "up to tokens", "tokens per turn", "llama.cpp", "vLLM"):
+    runtimes = ("llama.cpp", "vLLM", "onnxruntime-genai")
+    for words in ("rope theta", "up to tokens", "tokens per turn", *runtimes):
         assert words in result.stdout
     assert "up to tokens" in run("inspect", factors).stdout
 

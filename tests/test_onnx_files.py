@@ -20,9 +20,11 @@ from tiny_models import edit_json, make_model
 
 from longrope_converters.to_onnx.weights import PIECE_ELEMENTS, transposed_pieces
 from longrope_export.cli import main
-from longrope_export.errors import ModelError, OutputError
-from longrope_export.factor_files import write_factors
-from longrope_export.runtimes.onnx import OnnxModel, read_config
+from longrope_export.errors import FactorFileError, ModelError, OutputError
+from longrope_export.factor_files import read_factors, to_json, write_factors
+from longrope_export.models.model import load_model
+from longrope_export.onnx_metadata import read_config
+from longrope_export.runtimes.onnx import OnnxModel
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +65,60 @@ def test_the_config_can_be_read_back(llama: Path, exported: Path) -> None:
     assert OnnxModel(exported, threads=1).config == three_tiers(llama)
     with pytest.raises(ModelError, match="cannot read as ONNX"):
         read_config(exported / "model.onnx.data")
-    onnx.save(onnx.ModelProto(), exported.parent / "foreign.onnx")
-    with pytest.raises(ModelError, match="not written by"):
-        read_config(exported.parent / "foreign.onnx")
     with pytest.raises(ModelError, match="no such file"):
         OnnxModel(exported.parent)
+
+
+def test_an_export_is_a_factors_file(tmp_path: Path, llama: Path, exported: Path) -> None:
+    config, model = three_tiers(llama), load_model(llama)
+    for path in (exported, exported / "model.onnx", exported / "rerotate.onnx"):
+        assert read_factors(path, model) == config
+    again = invoke(llama, "--factors", exported, "-o", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert read_config(tmp_path / "again") == config
+    inside = invoke(llama, "--factors", exported, "-o", exported, "--force")
+    assert inside.exit_code == 2 and "the input" in inside.stderr
+    shown = CliRunner().invoke(main, ["inspect", str(exported), "--json"])
+    assert json.loads(shown.stdout)["config"] == to_json(config)
+    twice = CliRunner().invoke(main, ["inspect", str(exported), "--factors", str(exported)])
+    assert twice.exit_code == 2 and "leave out --factors" in twice.stderr
+    with pytest.raises(FactorFileError, match="these factors are for another model"):
+        read_factors(exported, load_model(make_model(tmp_path / "other", "llama", head_dim=32)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "not written by `longrope-export onnx`"),
+        ("{", "longrope.config is damaged"),
+        ("[" * 100_000, "longrope.config is damaged"),
+        ("[1]", r"must be a JSON object, got \[1\]"),
+        ('{"version": 9}', "version is 9, this tool reads 1"),
+    ],
+)
+def test_foreign_and_damaged_metadata(tmp_path: Path, text: str | None, message: str) -> None:
+    proto = onnx.ModelProto()
+    if text is not None:
+        proto.metadata_props.add(key="longrope.config", value=text)
+    onnx.save(proto, tmp_path / "model.onnx")
+    for path in (tmp_path, tmp_path / "model.onnx"):
+        with pytest.raises(FactorFileError, match=message) as error:
+            read_factors(path)
+        assert "model.onnx" in str(error.value)
+
+
+def test_factors_from_a_file_that_is_no_onnx(
+    tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(b"\xff" * 100)
+    with pytest.raises(FactorFileError, match="cannot read as ONNX"):
+        read_factors(damaged)
+    with pytest.raises(FactorFileError, match="no such file"):
+        read_factors(tmp_path / "none.onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(FactorFileError, match=r"pip install 'longrope-export\[onnx\]'"):
+        read_factors(exported)
 
 
 def test_wide_matrices_are_transposed_in_tiles() -> None:

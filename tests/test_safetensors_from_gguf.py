@@ -22,9 +22,9 @@ from test_safetensors import TESTS, export, shards
 from tiny_models import SENTENCES, add_bpe_tokenizer, add_sentencepiece, make_model
 from tokenizers import Tokenizer
 
+from longrope_converters import gguf_tokenizer
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_converters.to_gguf.pre_tokenizers import pre_tokenizer_name
-from longrope_converters.to_safetensors import gguf_tokenizer
 from longrope_export.config import LongRopeConfig
 from longrope_export.demo.material import fetch_smollm2
 from longrope_export.errors import GgufError, UnsupportedError

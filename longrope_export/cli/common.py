@@ -47,7 +47,7 @@ def factor_options(command: F) -> F:
         click.option(
             "--factors",
             type=click.Path(path_type=Path),
-            help="Factors: our JSON, a config.json or its rope block, or a GGUF.",
+            help="Factors: our JSON, a config.json or its rope block, a GGUF, an ONNX export.",
         ),
     ):
         command = decorate(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from longrope_export.models.model import Model
 
 MAX_TIER_ROWS = 12
+COLUMN_WIDTH = 25  # of one runtime
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -48,23 +50,26 @@ def command(
 ) -> None:
     """Show a model's RoPE, its tiers, and what each runtime honours.
 
-    MODEL is a Hugging Face folder, a GGUF file, a hub id, or a factors file alone.
+    MODEL is a Hugging Face folder, a GGUF file, a hub id, or a factors file alone; an ONNX folder
+    of ours is read as a factors file.
 
     \b
     longrope-export inspect model.gguf
     longrope-export inspect model/ --factors f.json --plot wavelengths.png
     longrope-export inspect f.json
+    longrope-export inspect model-onnx/
     """
     from longrope_export.errors import FactorFileError
     from longrope_export.factor_files import read_factors, to_json
     from longrope_export.models.model import find_model, load_model
+    from longrope_export.onnx_metadata import is_onnx
     from longrope_export.outputs import check_output
 
     path = find_model(model, revision=revision, local_files_only=local_files_only)
     source: Model | None = None
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".json" or is_onnx(path):
         if factors or tiers:
-            raise FactorFileError("MODEL is a factors file itself: leave out --factors and --tier")
+            raise FactorFileError(f"{path} is factors itself: leave out --factors and --tier")
         config = read_factors(path)
     else:
         source = load_model(path)
@@ -187,22 +192,27 @@ def _print_tiers(console: Console, config: LongRopeConfig) -> None:
 
 
 def print_honours(console: Console, config: LongRopeConfig, model: Model) -> None:
-    """The table of fields and runtimes, with notes below it."""
+    """Tables of fields and runtimes, as many runtimes beside each other as the terminal has room for."""
     from rich.table import Table
 
     from longrope_export.honours import FIELDS, Verdict, honours
 
     cells = honours(config, model)
-    table = Table(title="What each runtime honours", title_justify="left")
-    table.add_column("")
     styles = {Verdict.YES: "green", Verdict.PARTLY: "yellow", Verdict.NO: "red"}
-    for runtime in cells:
-        table.add_column(runtime, overflow="fold", ratio=1)
-    for name in next(iter(cells.values())):
-        row = []
-        for runtime in cells:
-            cell = cells[runtime][name]
-            note = f"\n[dim]{cell.note}[/dim]" if cell.note else ""
-            row.append(f"[{styles[cell.verdict]}]{cell.verdict}[/]{note}")
-        table.add_row(FIELDS[name], *row)
-    console.print(table)
+    runtimes = list(cells)
+    tables = math.ceil(len(runtimes) / max(2, console.width // COLUMN_WIDTH))
+    beside = math.ceil(len(runtimes) / tables)
+    title = "What each runtime honours"
+    for start in range(0, len(runtimes), beside):
+        table = Table(title=title if start == 0 else None, title_justify="left")
+        table.add_column("", ratio=1)
+        for runtime in runtimes[start : start + beside]:
+            table.add_column(runtime, overflow="fold", ratio=1)
+        for name in next(iter(cells.values())):
+            row = []
+            for runtime in runtimes[start : start + beside]:
+                cell = cells[runtime][name]
+                note = f"\n[dim]{cell.note}[/dim]" if cell.note else ""
+                row.append(f"[{styles[cell.verdict]}]{cell.verdict}[/]{note}")
+            table.add_row(FIELDS[name], *row)
+        console.print(table)

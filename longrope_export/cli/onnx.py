@@ -62,7 +62,7 @@ from longrope_export.cli.common import (
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with tokenizer.json, for a GGUF [MODEL].",
+    help="Folder with tokenizer.json [MODEL; made from the keys of a GGUF].",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @force_option

@@ -32,7 +32,7 @@ class GenaiModel:
             import onnxruntime_genai
         except ImportError as error:
             raise ToolError("this needs: pip install onnxruntime-genai") from error
-        from longrope_export.runtimes.onnx import read_config, read_precision
+        from longrope_export.onnx_metadata import read_config, read_precision
 
         self.genai: Any = onnxruntime_genai
         self.max_length = max_length

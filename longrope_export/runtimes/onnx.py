@@ -7,7 +7,6 @@ are rotated again (`causal`) or recomputed (`sequence`) when a sequence crosses 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
+from longrope_export.config import FactorTier, SwitchPolicy
 from longrope_export.errors import ConfigError, ModelError, ToolError
-from longrope_export.factor_files import from_json
+from longrope_export.onnx_metadata import MODEL_FILE, parse_config
 from longrope_export.runtimes.base import DEFAULT_CHUNK, Logits, RuntimeInfo, Tokens
 
 _SMALLEST_CAPACITY = 256
@@ -47,9 +46,9 @@ class OnnxModel:
     ) -> None:
         self.folder = folder
         self._open = _session_opener(providers, threads)
-        self.session = self._open(folder / "model.onnx")
+        self.session = self._open(folder / MODEL_FILE)
         metadata = self.session.get_modelmeta().custom_metadata_map
-        self.config = _read_metadata(metadata, folder / "model.onnx")
+        self.config = parse_config(metadata, folder / MODEL_FILE)
         self.ops: str = metadata.get("longrope.ops", "")
         self.precision: str = metadata.get("longrope.precision", "")
         self.info = RuntimeInfo(
@@ -339,51 +338,10 @@ class OnnxSequence:
         return logits
 
 
-def read_config(folder: Path) -> LongRopeConfig:
-    """The config that a folder, or a model.onnx, was exported with; weights are not read.
-
-    Raises:
-        ToolError: the package onnx is not installed.
-        ModelError: no such file, no ONNX file, or not one of ours.
-    """
-    return _read_metadata(*_metadata(folder))
-
-
-def read_precision(folder: Path) -> str:
-    """fp32, fp16, int8 or int4 of a folder of ours; raises as read_config."""
-    return _metadata(folder)[0].get("longrope.precision", "unknown")
-
-
-def _metadata(folder: Path) -> tuple[dict[str, str], Path]:
-    try:
-        import onnx
-    except ImportError as error:
-        raise ToolError("reading ONNX files needs: pip install 'longrope-export[onnx]'") from error
-    path = folder / "model.onnx" if folder.is_dir() else folder
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf has no exception class of its own to catch
-        raise ModelError(f"{path}: cannot read as ONNX: {error}") from error
-    return {entry.key: entry.value for entry in model.metadata_props}, path
-
-
 def _runtime_version() -> str:
     import onnxruntime
 
     return str(onnxruntime.__version__)
-
-
-def _read_metadata(metadata: dict[str, str], path: Path) -> LongRopeConfig:
-    text = metadata.get("longrope.config")
-    if text is None:
-        raise ModelError(
-            f"{path}: no metadata longrope.config: not written by `longrope-export onnx`"
-        )
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: metadata longrope.config is damaged: {error}") from error
-    return from_json(values, f"{path}: longrope.config")
 
 
 def _session_opener(providers: Sequence[str], threads: int | None) -> Callable[[Path], Any]:

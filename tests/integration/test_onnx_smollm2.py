@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime_genai as genai
 import pytest
 import torch
 import transformers
@@ -97,3 +99,29 @@ def test_logits_across_borders_are_within_half_a_thousandth(tmp_path: Path) -> N
     assert np.abs(chunked - expected).max() <= 5e-4
     assert np.abs(np.concatenate(steps) - expected[:155]).max() <= 5e-4
     assert (whole.argmax(1) == expected.argmax(1)).mean() > 0.99
+
+
+def test_the_tokenizer_in_onnxruntime_genai_is_transformers_own(tmp_path: Path) -> None:
+    source = fetch_smollm2()
+    export(source, None, tmp_path / "out", precision="int4", embedding_bits=4)
+    expected = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    got = genai.Tokenizer(genai.Model(str(tmp_path / "out")))
+    texts = [
+        "The capital of France is Paris, isn't it?",
+        " two  spaces\tand\n\nlines 1234.5",
+        "caf\u00e9 \u4f60\u597d \U0001f680 \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+        "<|im_start|>user\nhi<|im_end|>\n",
+        "if (x == 1) {\r\n    return y[0];  }",
+        "",
+    ]
+    for text in texts:
+        ids = expected.encode(text)
+        assert got.encode(text).tolist() == ids
+        if text:
+            assert got.decode(np.asarray(ids, np.int32)) == expected.decode(
+                ids, skip_special_tokens=True
+            )
+    messages = [{"role": "user", "content": "hi"}]
+    assert got.apply_chat_template(json.dumps(messages)) == expected.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )

@@ -13,7 +13,7 @@ from longrope_export import __version__
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ToolError, UnsupportedError
 from longrope_export.factor_files import to_json
-from longrope_export.honours import YES, fields_in_use
+from longrope_export.honours import honours
 from longrope_export.models.model import Model, ModelKind
 from longrope_export.outputs import replace_folder_when_done
 
@@ -80,9 +80,8 @@ class OnnxConverter:
             LongRopeError: see check; or the source is damaged, or the output cannot be written.
         """
         from longrope_converters.to_onnx.genai import (
-            copy_tokenizer,
-            genai_honours,
             genai_notes,
+            write_tokenizer_files,
         )
         from longrope_converters.to_onnx.graph import DATA_NAME
         from longrope_converters.to_onnx.weights import write_data
@@ -99,16 +98,13 @@ class OnnxConverter:
                 plan.rerotation.save(folder / "rerotate.onnx", metadata)
             text = json.dumps(plan.genai, indent=2)
             (folder / "genai_config.json").write_text(text, encoding="utf-8")
-            has_tokenizer = copy_tokenizer(plan.source, folder)
+            tokenizer_notes = write_tokenizer_files(
+                plan.source, folder, rope.max_position_embeddings
+            )
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
         notes = genai_notes(
             plan.decoder, rope, self.options.ops, max_length, plan.graph.dtype.itemsize
         )
-        if not has_tokenizer:
-            notes += (
-                "there is no tokenizer.json, which onnxruntime-genai needs: name a folder that has "
-                "it with --tokenizer",
-            )
         return ExportReport(
             output=output,
             source=model.path,
@@ -116,13 +112,8 @@ class OnnxConverter:
             route=f"{self.options.precision}, {self.options.ops}",
             num_bytes=num_bytes,
             config=rope,
-            notes=notes,
-            honours={
-                "ONNX Runtime (longrope_export.runtimes.onnx)": dict.fromkeys(
-                    fields_in_use(rope), YES
-                ),
-                "onnxruntime-genai": genai_honours(rope, self.options.ops),
-            },
+            notes=notes + tokenizer_notes,
+            honours=honours(rope, model),
         )
 
     def _build(self, model: Model, rope: LongRopeConfig) -> _Plan:
@@ -146,7 +137,7 @@ class OnnxConverter:
             )
         source = open_source(model)
         if self.options.tokenizer is not None:
-            source = replace(source, tokenizer_folder=self.options.tokenizer, chat_template=None)
+            source = replace(source, tokenizer=self.options.tokenizer)
         decoder = describe(source.settings)
         # a cache of standard operators has no spare room, so its capacity cannot tell a length
         pinned = length or rope.max_position_embeddings if self.options.ops == "standard" else 0

@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from longrope_converters.gguf_tokenizer import write_tokenizer
 from longrope_converters.to_onnx.description import Decoder
 from longrope_converters.to_onnx.folder_output import TOKENIZER_FILES
 from longrope_converters.to_onnx.source import Source
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
-from longrope_export.honours import YES, Cell, Verdict, fields_in_use
+from longrope_export.gguf_format import GgufHeader
 
 # any decoder-only model; never "phi3", "phimoe" or "phi3small", at whose names onnxruntime-genai
 # throws the cache away at 4097 or 8193 tokens, whatever the model says
@@ -87,21 +88,6 @@ def genai_config(
     }
 
 
-def genai_honours(rope: LongRopeConfig, ops: str) -> dict[str, Cell]:
-    """What onnxruntime-genai does with each field: it runs one tier from the first token on."""
-    chooser = "the max_length given at export" if ops == "standard" else "search.max_length"
-    one = Cell(Verdict.PARTLY, f"one tier for the whole sequence, the one of {chooser}")
-    switch = Cell(Verdict.NO, f"one tier for every position, chosen by {chooser}")
-    if rope.switch is SwitchPolicy.SEQUENCE:
-        switch = Cell(Verdict.YES, f"pinned: {chooser} is the declared length")
-    cells = dict.fromkeys(fields_in_use(rope), YES)
-    if len(rope.tiers) > 1:
-        tiers = dict.fromkeys(("first_tier", "middle_tiers", "last_tier"), one)
-        cells |= {name: cell for name, cell in tiers.items() if name in cells}
-        cells["switch"] = switch
-    return cells
-
-
 def genai_notes(
     decoder: Decoder, rope: LongRopeConfig, ops: str, max_length: int, item_bytes: int
 ) -> tuple[str, ...]:
@@ -128,15 +114,24 @@ def genai_notes(
     return tuple(notes)
 
 
-def copy_tokenizer(source: Source, folder: Path) -> bool:
-    """Copy the tokenizer's files; False if there are none that onnxruntime-genai can read."""
-    if source.tokenizer_folder is not None:
-        for path in (source.tokenizer_folder / name for name in TOKENIZER_FILES):
+def write_tokenizer_files(source: Source, folder: Path, max_length: int) -> tuple[str, ...]:
+    """The tokenizer's files and the chat template; returns a note if tokenizer.json is missing."""
+    missing: str | None = "there is no tokenizer.json"
+    if isinstance(source.tokenizer, GgufHeader):
+        missing = write_tokenizer(source.tokenizer, folder, max_length)
+        template = source.tokenizer.get("tokenizer.chat_template")
+        if isinstance(template, str):
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    else:
+        for path in (source.tokenizer / name for name in TOKENIZER_FILES):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-    if source.chat_template and not (folder / "chat_template.jinja").exists():
-        (folder / "chat_template.jinja").write_text(source.chat_template, encoding="utf-8")
-    return (folder / "tokenizer.json").is_file()
+    if (folder / "tokenizer.json").is_file():
+        return ()
+    return (
+        f"{missing}; onnxruntime-genai needs tokenizer.json: name a folder that has it with "
+        f"--tokenizer",
+    )
 
 
 def _token_ids(value: Any) -> list[int]:

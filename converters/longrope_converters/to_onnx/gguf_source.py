@@ -15,6 +15,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from longrope_converters.gguf_tokenizer import generation_settings
 from longrope_converters.to_gguf.families import NATIVE, expected_tensors
 from longrope_converters.to_onnx.source import Source, Weights
 from longrope_converters.to_onnx.weights import Float32, Rows
@@ -142,13 +143,11 @@ def open_gguf(model: Model) -> Source:
             )
     # names that no table knows stay as they are, so that they are refused with the other leftovers
     tensors |= {n: GgufRows(model.path, i, header.data_start_bytes, None) for n, i in infos.items()}
-    template = header.get("tokenizer.chat_template")
     return Source(
         settings=settings,
         weights=Weights(model.path, tensors),
-        generation={},
-        tokenizer_folder=None,
-        chat_template=template if isinstance(template, str) else None,
+        generation=generation_settings(header),
+        tokenizer=header,
     )
 
 

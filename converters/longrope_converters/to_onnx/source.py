@@ -15,6 +15,7 @@ from longrope_converters.to_gguf.checkpoint import name_some, read_checkpoint
 from longrope_converters.to_gguf.plan import SourceTensor
 from longrope_converters.to_onnx.weights import Float32, Rows
 from longrope_export.errors import ModelError, UnsupportedError
+from longrope_export.gguf_format import GgufHeader
 from longrope_export.models.hf_config import HfConfig, read_hf_config, read_json_object
 from longrope_export.models.model import Model, ModelKind
 
@@ -112,16 +113,14 @@ class Source:
     """A model, opened.
 
     Attributes:
-        generation: generation_config.json, or empty.
-        tokenizer_folder: where the tokenizer's files are, or None.
-        chat_template: where the source keeps one apart from the tokenizer's files.
+        generation: generation_config.json, or what the keys of a GGUF say of it, or empty.
+        tokenizer: the folder with the tokenizer's files, or the GGUF whose keys hold it.
     """
 
     settings: HfConfig
     weights: Weights
     generation: Mapping[str, Any]
-    tokenizer_folder: Path | None
-    chat_template: str | None = None
+    tokenizer: Path | GgufHeader
 
 
 def open_source(model: Model) -> Source:
@@ -139,7 +138,7 @@ def open_source(model: Model) -> Source:
         settings=read_hf_config(model.path),
         weights=folder_weights(model.path),
         generation=read_json_object(generation) if generation.is_file() else {},
-        tokenizer_folder=model.path,
+        tokenizer=model.path,
     )
 
 

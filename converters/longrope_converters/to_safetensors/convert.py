@@ -146,7 +146,7 @@ class SafetensorsConverter:
     ) -> ExportReport:
         # a folder as source needs neither the gguf package's kernels nor tokenizers
         from longrope_converters.to_safetensors.dequantize import own_dtype, write_weights
-        from longrope_converters.to_safetensors.gguf_folder import all_settings, write_tokenizer
+        from longrope_converters.to_safetensors.gguf_folder import all_settings, write_small_files
         from longrope_converters.to_safetensors.gguf_settings import read_gguf_model
 
         source = read_gguf_model(model)
@@ -156,7 +156,7 @@ class SafetensorsConverter:
             values = all_settings(source, model, dtype)
             self._write_settings(folder, values, partial, definition, model)
             target = (definition or model.native).max_position_embeddings
-            notes = write_tokenizer(source.header, folder, target)
+            notes = write_small_files(source.header, folder, target)
             write_weights(
                 source.tensors,
                 folder,

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from longrope_converters.gguf_tokenizer import (
+    generation_settings,
+    special_ids,
+    write_tokenizer,
+)
 from longrope_converters.to_safetensors.dequantize import TORCH_DTYPES
 from longrope_converters.to_safetensors.gguf_settings import GgufModel
-from longrope_converters.to_safetensors.gguf_tokenizer import (
-    build_tokenizer,
-    special_ids,
-    tokenizer_settings,
-)
 from longrope_export.gguf_format import GgufHeader
 from longrope_export.models.model import Model
 
@@ -38,27 +38,11 @@ def all_settings(source: GgufModel, model: Model, dtype: str) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(header: GgufHeader, folder: Path, max_length: int) -> tuple[str, ...]:
+def write_small_files(header: GgufHeader, folder: Path, max_length: int) -> tuple[str, ...]:
     """tokenizer.json, tokenizer_config.json and generation_config.json; returns notes."""
-    ids = special_ids(header)
-    generation: dict[str, Any] = {
-        f"{kind}_token_id": ids[kind] for kind in ("bos", "eos", "pad") if kind in ids
-    }
-    turn_end = header.get("tokenizer.ggml.eot_token_id")
-    if isinstance(turn_end, int) and "eos" in ids and turn_end != ids["eos"]:
-        generation["eos_token_id"] = [ids["eos"], turn_end]
-    _write_json(folder / "generation_config.json", generation)
-    tokenizer = build_tokenizer(header)
-    if tokenizer is None:
-        kind, pre = header.get("tokenizer.ggml.model"), header.get("tokenizer.ggml.pre")
-        return (
-            f"no tokenizer: kind {kind!r} with splitting rule {pre!r} is not known here; copy the "
-            f"tokenizer files of the original model into the folder",
-        )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", tokenizer_settings(header, max_length))
-    return ()
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    generation = json.dumps(generation_settings(header), indent=2)
+    (folder / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
+    missing = write_tokenizer(header, folder, max_length)
+    if missing is None:
+        return ()
+    return (f"{missing}; copy the tokenizer files of the original model into the folder",)

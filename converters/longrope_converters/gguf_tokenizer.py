@@ -1,4 +1,4 @@
-"""tokenizer.json and its settings, from the vocabulary in a GGUF file.
+"""tokenizer.json, its settings and the generation settings, from the vocabulary in a GGUF file.
 
 The splitting rules of byte-level BPE are llama.cpp's (src/llama-vocab.cpp, MIT), by the name that
 the file gives; a name that is not here gives no tokenizer, rather than one that splits differently.
@@ -6,7 +6,9 @@ the file gives; a name that is not here gives no tokenizer, rather than one that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gguf.constants import TokenType
@@ -39,6 +41,22 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # ignore_merges
 _WITH_BOS = _WHOLE_WORDS_FIRST  # where the file does not say
 _SPACE = "\u2581"
+
+
+def write_tokenizer(header: GgufHeader, folder: Path, max_length: int) -> str | None:
+    """Write tokenizer.json and tokenizer_config.json; where that cannot be, a sentence why.
+
+    Args:
+        max_length: tokens that the model takes, for model_max_length.
+    """
+    tokenizer = build_tokenizer(header)
+    if tokenizer is None:
+        kind, pre = header.get("tokenizer.ggml.model"), header.get("tokenizer.ggml.pre")
+        return f"no tokenizer: kind {kind!r} with splitting rule {pre!r} is not known here"
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.dumps(tokenizer_settings(header, max_length), indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
+    return None
 
 
 def build_tokenizer(header: GgufHeader) -> Tokenizer | None:
@@ -77,6 +95,18 @@ def tokenizer_settings(header: GgufHeader, max_length: int) -> dict[str, Any]:
     template = header.get("tokenizer.chat_template")
     if isinstance(template, str):
         settings["chat_template"] = template
+    return settings
+
+
+def generation_settings(header: GgufHeader) -> dict[str, Any]:
+    """generation_config.json: the special tokens; the end of a turn is an end token too."""
+    ids = special_ids(header)
+    settings: dict[str, Any] = {
+        f"{kind}_token_id": ids[kind] for kind in ("bos", "eos", "pad") if kind in ids
+    }
+    turn_end = header.get("tokenizer.ggml.eot_token_id")
+    if isinstance(turn_end, int) and "eos" in ids and turn_end != ids["eos"]:
+        settings["eos_token_id"] = [ids["eos"], turn_end]
     return settings
 
 
