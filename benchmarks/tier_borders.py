@@ -83,9 +83,9 @@ def main() -> None:
         one = bake(weights, scratch / "one.gguf", None)
         variants = {
             "causal, tiers 8k, 16k, 32k": (driver.patched, three, "causal"),
-            "causal, a tier every 2k, strength 0.6": (driver.patched, fine, "causal"),
             "sequence (the last tier for all)": (driver.patched, three, "sequence"),
             "stock, the same long factors": (driver.stock, one, None),
+            "causal, a tier every 2k, strength 0.6": (driver.patched, fine, "causal"),
         }
         for name, (libraries, model, rule) in variants.items():
             losses = score(driver, libraries, model, ids, rule, scratch)

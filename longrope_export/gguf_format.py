@@ -89,6 +89,10 @@ class GgufHeader:
         return self.file_bytes - self.data_start_bytes
 
 
+#: fills the room that an edit in place leaves; says nothing
+PADDING_KEY = "general.longrope_export.padding"
+
+
 def build_header(
     key_values: Iterable[KeyValue],
     tensors: Iterable[TensorInfo],

@@ -112,6 +112,15 @@ def force_option(command: F) -> F:
     return click.option("-f", "--force", is_flag=True, help="Replace an existing output.")(command)
 
 
+def verify_option(command: F) -> F:
+    return click.option(
+        "--verify",
+        "verify",
+        is_flag=True,
+        help="Run the export afterwards and compare it with the definition, in short.",
+    )(command)
+
+
 def say_report(report: ExportReport, max_length: int | None, *, as_json: bool) -> None:
     """What was written: for people, and as JSON if asked for."""
     if as_json:

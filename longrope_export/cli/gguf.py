@@ -18,6 +18,7 @@ from longrope_export.cli.common import (
     model_options,
     say,
     say_report,
+    verify_option,
 )
 
 
@@ -51,6 +52,7 @@ from longrope_export.cli.common import (
     help="Let llama.cpp's converter run code from the model folder (other architectures only).",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@verify_option
 @force_option
 @json_option
 def command(
@@ -68,6 +70,7 @@ def command(
     in_place: bool,
     trust_remote_code: bool,
     dry_run: bool,
+    verify: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -112,6 +115,10 @@ def command(
         report = converter.convert(source, config, target, progress)
     length = None if config is None else config.max_position_embeddings
     say_report(report, length, as_json=as_json)
+    if verify:
+        from longrope_export.cli.verify import verify_after
+
+        verify_after(source, config, report.output)
 
 
 def _default_output(model: str, outtype: str | None, *, is_file: bool) -> Path:

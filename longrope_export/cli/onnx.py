@@ -18,6 +18,7 @@ from longrope_export.cli.common import (
     model_options,
     say,
     say_report,
+    verify_option,
 )
 
 
@@ -65,6 +66,7 @@ from longrope_export.cli.common import (
     help="Folder with tokenizer.json [MODEL; made from the keys of a GGUF].",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@verify_option
 @force_option
 @json_option
 def command(
@@ -82,6 +84,7 @@ def command(
     embedding_bits: str,
     tokenizer: Path | None,
     dry_run: bool,
+    verify: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -116,3 +119,7 @@ def command(
         report = converter.convert(source, config, target, progress)
     length = (config or source.native).max_position_embeddings
     say_report(report, length, as_json=as_json)
+    if verify:
+        from longrope_export.cli.verify import verify_after
+
+        verify_after(source, config, report.output)

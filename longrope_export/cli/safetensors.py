@@ -18,6 +18,7 @@ from longrope_export.cli.common import (
     model_options,
     say,
     say_report,
+    verify_option,
 )
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -47,6 +48,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 @click.option("--max-shard-size", help="Of the weights from a GGUF, as 500MB [5GB].")
 @click.option("--threads", type=click.IntRange(min=1), help="Worker threads [CPUs, at most 8].")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@verify_option
 @force_option
 @json_option
 def command(
@@ -64,6 +66,7 @@ def command(
     max_shard_size: str | None,
     threads: int | None,
     dry_run: bool,
+    verify: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -106,6 +109,10 @@ def command(
         report = converter.convert(source, config, target, progress)
     length = None if report.config is None else report.config.max_position_embeddings
     say_report(report, length, as_json=as_json)
+    if verify:
+        from longrope_export.cli.verify import verify_after
+
+        verify_after(source, config, report.output)
 
 
 def _default_output(path: Path) -> Path:

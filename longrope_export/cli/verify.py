@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,14 +21,15 @@ from longrope_export.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from longrope_export.config import LongRopeConfig
+    from longrope_export.models.model import Model
     from longrope_export.verify.compare import Limit
 
 _MISSED = 1
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
-@click.argument("model")
-@click.argument("exports", nargs=-1, required=True, metavar="EXPORT...")
+@click.argument("paths", nargs=-1, required=True, metavar="MODEL EXPORT...")
 @factor_options
 @click.option("--switch", type=click.Choice(["causal", "sequence"]), help="Override the file's.")
 @click.option(
@@ -56,13 +57,13 @@ _MISSED = 1
 @click.option("--plot", type=OUTPUT_PATH, help="Differences over position to write, PNG or SVG.")
 @click.option(
     "--check",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Compare EXPORT with this certificate's hashes before anything is run.",
+    type=click.Path(path_type=Path, exists=True),
+    help="Only see whether each EXPORT (no MODEL) is what this certificate is about.",
 )
+@click.option("--embed", is_flag=True, help="Put the certificate into every EXPORT that passed.")
 @json_option
 def command(
-    model: str,
-    exports: tuple[str, ...],
+    paths: tuple[str, ...],
     factors: Path | None,
     tiers: tuple[str, ...],
     switch: str | None,
@@ -76,6 +77,7 @@ def command(
     markdown: Path | None,
     plot: Path | None,
     check: Path | None,
+    embed: bool,
     as_json: bool,
 ) -> None:
     """Run MODEL under the definition and every EXPORT, and compare their logits.
@@ -89,67 +91,40 @@ def command(
     \b
     longrope-export verify model/ model.gguf model-onnx/ --factors f.json -o certificate.json
     longrope-export verify model/ llama.cpp-stock=model.gguf --factors f.json --length 4096
+    longrope-export verify --check certificate.json model.gguf
     """
-    from longrope_export.errors import ConfigError
+    if check is not None:
+        _check(check, paths, threads, build)
+        return
+    if len(paths) < 2:
+        raise click.UsageError("give MODEL and at least one EXPORT")
+    model, *exports = paths
     from longrope_export.models.model import find_model, load_model
     from longrope_export.outputs import write_text
     from longrope_export.runtimes.open import parse_export
-    from longrope_export.verify.certificate import check_certificate, make_certificate
-    from longrope_export.verify.memory import available_bytes, count_parameters, longest_length
-    from longrope_export.verify.plan import make_cases
+    from longrope_export.verify.exports import check_length, verify_exports
     from longrope_export.verify.report import markdown as as_markdown
-    from longrope_export.verify.report import rich_tables, save_plot
-    from longrope_export.verify.run import ReferenceRows, verify_export
-    from longrope_export.verify.tokens import make_tokens
+    from longrope_export.verify.report import save_plot
 
     source = load_model(find_model(model))
     config = given_factors(factors, tiers, source, switch) or source.native
     chosen = [parse_export(export) for export in exports]
-    given_limits = dict(map(_parse_limit, limits))
-    if check is not None:
-        certificate = json.loads(check.read_text(encoding="utf-8"))
-        problems = [
-            problem
-            for export in chosen
-            for problem in check_certificate(certificate, export.path, str(check))
-        ]
-        for problem in problems:
-            click.echo(problem, err=True)
-        if problems:
-            raise SystemExit(_MISSED)
-        say(f"{check}: hashes and results agree; running again")
-    target = config.max_position_embeddings
-    if length is not None and length > target:
-        raise ConfigError(f"--length {length} is beyond the definition's target of {target} tokens")
-    if length is None:
-        fits = longest_length(source, count_parameters(source.path), available_bytes())
-        length = min(target, fits)
-        if length < target:
-            say(f"the memory that is free allows {length} of {target} tokens")
-        if length < 2:
-            raise ConfigError("not enough free memory for this model in float32: give --length")
-    cases = make_cases(config, length)
-    count = max(case.num_tokens for case in cases)
-    content = None if text is None else text.read_text(encoding="utf-8")
-    tokens = make_tokens(source, content, count, seed)
+    used = check_length(source, config, length)
+    if length is None and used < config.max_position_embeddings:
+        say(f"the free memory allows {used} of {config.max_position_embeddings} tokens")
     with share_progress() as step:
-        reference = ReferenceRows(source.path, config, tokens, cases, step)
-        results = [
-            verify_export(
-                export,
-                config,
-                tokens,
-                cases,
-                reference,
-                limits=given_limits,
-                text=content,
-                threads=threads,
-                build=build,
-                say=step,
-            )
-            for export in chosen
-        ]
-    certificate = make_certificate(source.path, config, tokens, results)
+        certificate, results = verify_exports(
+            source,
+            config,
+            chosen,
+            used,
+            text=None if text is None else text.read_text(encoding="utf-8"),
+            seed=seed,
+            limits=dict(map(_parse_limit, limits)),
+            threads=threads,
+            build=build,
+            say=step,
+        )
     if output is not None:
         write_text(output, json.dumps(certificate, indent=1) + "\n")
     if markdown is not None:
@@ -158,11 +133,58 @@ def command(
         save_plot(certificate, plot)
     if as_json:
         print_json(certificate)
-    elif not is_quiet():
-        from rich.console import Console
+    else:
+        _show(certificate)
+    if embed:
+        from longrope_converters.certificate import embed_certificate
 
-        Console(stderr=True).print(*rich_tables(certificate))
+        for result in results:
+            if result.passed:
+                embed_certificate(result.export.path, certificate)
+                say(f"{result.export.path}: certificate embedded")
     if not certificate["passed"]:
+        raise SystemExit(_MISSED)
+
+
+def verify_after(model: Model, config: LongRopeConfig | None, path: Path) -> None:
+    """The short run of the exporting commands' --verify; ends with exit code 1 on a miss."""
+    from longrope_export.runtimes.open import parse_export
+    from longrope_export.verify.exports import SHORT_LENGTH, verify_exports
+
+    definition = config or model.native
+    length = min(SHORT_LENGTH, definition.max_position_embeddings)
+    with share_progress() as step:
+        certificate, _ = verify_exports(
+            model, definition, [parse_export(str(path))], length, build=True, say=step
+        )
+    _show(certificate)
+    if not certificate["passed"]:
+        raise SystemExit(_MISSED)
+
+
+def _show(certificate: dict[str, Any]) -> None:
+    if is_quiet():
+        return
+    from rich.console import Console
+
+    from longrope_export.verify.report import rich_tables
+
+    Console(stderr=True).print(*rich_tables(certificate))
+
+
+def _check(file: Path, paths: tuple[str, ...], threads: int | None, build: bool) -> None:
+    from longrope_export.verify.certificate import check_export, read_certificate
+
+    certificate = read_certificate(file)
+    failed = False
+    for path in map(Path, paths):
+        problems = check_export(certificate, path, threads=threads, build=build)
+        failed = failed or bool(problems)
+        for problem in problems:
+            click.echo(problem, err=True)
+        if not problems:
+            say(f"{path}: certified on {certificate['created'][:10]}, and computes the same here")
+    if failed:
         raise SystemExit(_MISSED)
 
 
@@ -174,7 +196,7 @@ def _parse_limit(text: str) -> tuple[str, Limit]:
     try:
         numbers = [float(value) for value in values.split(":")]
         kl, mean_kl = numbers[:2]
-        (difference,) = numbers[2:] or [None]
+        difference = numbers[2] if len(numbers) == 3 else None
     except ValueError as error:
         raise ConfigError(
             f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as q4_k=0.5:0.1"

@@ -61,15 +61,17 @@ class RunningSequence(Protocol):
 
 
 class Runtime(Protocol):
-    """A loaded model.
+    """A loaded model."""
 
-    Attributes:
-        info: what it is.
-        config: the definition that the file itself carries; None if it carries none.
-    """
+    @property
+    def info(self) -> RuntimeInfo:
+        """What it is."""
+        ...
 
-    info: RuntimeInfo
-    config: LongRopeConfig | None
+    @property
+    def config(self) -> LongRopeConfig | None:
+        """The definition that the export itself carries; None if it carries none."""
+        ...
 
     def start(
         self,

@@ -82,7 +82,9 @@ class GenaiModel:
     def tokenize(self, text: str) -> list[int] | None:
         """By genai's own tokenizer; None if the folder has none."""
         try:
-            return [int(i) for i in self.genai.Tokenizer(self.model).encode(text)]
+            tokenizer = self.genai.Tokenizer(self.model)
+            tokenizer.update_options(add_special_tokens="true")
+            return [int(token) for token in tokenizer.encode(text)]
         except Exception:  # genai's own kinds
             return None
 

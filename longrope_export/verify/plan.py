@@ -89,7 +89,7 @@ def make_cases(config: LongRopeConfig, limit: int) -> list[Case]:
 
 def _from_the_start(config: LongRopeConfig, limit: int) -> list[Case]:
     chunk_size = min(_CHUNK, max(1, limit // 3 - 1))
-    borders = tested_borders(config, limit)
+    borders = checked_borders(config, limit)
     first = min(borders, default=limit)
     lengths = (min(limit, max(1, first // 2)), min(limit, first + _SINGLE))
     batch = Case("batch of two lengths", batch=lengths, batch_keep=min(_WINDOW, *lengths))
@@ -114,7 +114,7 @@ def _from_the_start(config: LongRopeConfig, limit: int) -> list[Case]:
 def _jumps(config: LongRopeConfig) -> list[Case]:
     """A few tokens around each tier border and at the end, with nothing before them."""
     target = config.max_position_embeddings
-    borders = [b for b in tested_borders(config, target) if b > _WINDOW]
+    borders = [b for b in checked_borders(config, target) if b > _WINDOW]
     pinned = config.switch is SwitchPolicy.SEQUENCE
     cases = []
     for border in [*borders, target]:
@@ -155,7 +155,7 @@ def tier_index(config: LongRopeConfig, length: int) -> int:
     return config.tiers.index(config.select_tier(length))
 
 
-def tested_borders(config: LongRopeConfig, limit: int) -> list[int]:
+def checked_borders(config: LongRopeConfig, limit: int) -> list[int]:
     """Tier borders below `limit`; of a long ladder the first, the last and some between."""
     borders = [tier.max_length for tier in config.tiers if tier.max_length < limit]
     if len(borders) <= _BORDERS:

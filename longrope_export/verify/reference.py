@@ -207,7 +207,7 @@ class _Attention:
             cos, sin = self._cos_sin(layer, tier, window, self.at[:seen])
             keys = rotate(k[:, :, :seen], cos, sin)
             keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3)
-            for block in rows.split(max(1, _SCORES // (q.shape[1] * seen))):
+            for block in torch.split(rows, max(1, _SCORES // (q.shape[1] * seen))):
                 end = int(block[-1]) + 1
                 queries = rotate(q[:, :, block], cos[block], sin[block])
                 weights = self._weights(queries, keys[..., :end], block, window, kwargs)

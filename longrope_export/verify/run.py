@@ -18,6 +18,8 @@ from longrope_export.verify.compare import Difference, Limit, compare, limit_for
 from longrope_export.verify.plan import Case, Row, rows_of
 from longrope_export.verify.reference import Reference
 
+_PROBE_TOKENS, _PROBE_ROWS, _PROBE_TOP = 768, 8, 32
+
 Say = Callable[[str, float], None]  # (what is being done, share that is done, 0 to 1)
 
 
@@ -64,6 +66,23 @@ class ExportResult:
         )
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What the reference says at the end of a short text.
+
+    Attributes:
+        tokens: the text.
+        declared_length: to be told to the runtime, see Case.
+        top_tokens: (rows, top) the likeliest tokens behind each of the last tokens.
+        log_probabilities: (rows, top) of those.
+    """
+
+    tokens: list[int]
+    declared_length: int | None
+    top_tokens: list[list[int]]
+    log_probabilities: list[list[float]]
+
+
 class ReferenceRows:
     """Reference logits of every row that any case asks for, computed once.
 
@@ -99,6 +118,20 @@ class ReferenceRows:
                 tokens[: keep[-1] + 1], keep=keep, length=length, first_position=origin
             )
             self._logits.update(zip(rows, logits, strict=True))
+
+    def probe(self, cases: Sequence[Case], config: LongRopeConfig, tokens: Sequence[int]) -> Probe:
+        """The first rows of the first case, for a short rerun without the source model."""
+        case = cases[0]
+        rows = [row for row in rows_of(case, config) if row.position < _PROBE_TOKENS][-_PROBE_ROWS:]
+        logits = self.of(rows).astype(np.float64)
+        log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        top = np.argsort(-log_p, axis=1)[:, :_PROBE_TOP]
+        return Probe(
+            tokens=list(tokens[: rows[-1].position + 1]),
+            declared_length=case.declared_length,
+            top_tokens=top.tolist(),
+            log_probabilities=np.take_along_axis(log_p, top, 1).round(6).tolist(),
+        )
 
     def of(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
         """(len(rows), vocabulary)."""

@@ -22,11 +22,14 @@ from longrope_converters.to_gguf.files import (
     write_exactly,
 )
 from longrope_export.errors import GgufError
-from longrope_export.gguf_format import GgufHeader, TensorInfo, build_header, padding
+from longrope_export.gguf_format import (
+    PADDING_KEY,
+    GgufHeader,
+    TensorInfo,
+    build_header,
+    padding,
+)
 from longrope_export.gguf_values import GGML_TYPE_F32, KeyValue, make_key_value
-
-#: fills the room left by an edit in place, see in_place.py
-PADDING_KEY = "general.longrope_export.padding"
 
 _TENSOR_COUNT_KEY = "split.tensors.count"
 

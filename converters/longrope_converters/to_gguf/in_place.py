@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from longrope_converters.to_gguf.bake import (
-    PADDING_KEY,
     EditedHeader,
     HeaderEdit,
     Patch,
@@ -27,7 +26,7 @@ from longrope_converters.to_gguf.bake import (
 )
 from longrope_converters.to_gguf.files import read_exactly, write_exactly
 from longrope_export.errors import OutputError
-from longrope_export.gguf_format import GgufHeader, build_header
+from longrope_export.gguf_format import PADDING_KEY, GgufHeader, build_header
 from longrope_export.gguf_values import ValueType, make_key_value
 
 # linux/falloc.h

@@ -1,0 +1,92 @@
+"""The whole of `verify`: a plan, the reference, every export, one certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from longrope_export.config import LongRopeConfig
+from longrope_export.errors import ConfigError
+from longrope_export.models.model import Model
+from longrope_export.runtimes.open import Export
+from longrope_export.verify.certificate import make_certificate
+from longrope_export.verify.compare import Limit
+from longrope_export.verify.memory import available_bytes, count_parameters, longest_length
+from longrope_export.verify.plan import make_cases
+from longrope_export.verify.run import ExportResult, ReferenceRows, Say, verify_export
+from longrope_export.verify.tokens import make_tokens
+
+#: tokens from the start in a short run; what happens at the borders is seen by the cases there
+SHORT_LENGTH = 600
+
+
+def verify_exports(
+    model: Model,
+    config: LongRopeConfig,
+    exports: Sequence[Export],
+    length: int,
+    *,
+    text: str | None = None,
+    seed: int = 0,
+    limits: dict[str, Limit] | None = None,
+    threads: int | None = None,
+    build: bool = False,
+    say: Say = lambda what, share: None,
+) -> tuple[dict[str, Any], list[ExportResult]]:
+    """Run the reference and then each export, one at a time in memory.
+
+    Args:
+        model: the source, with the weights that the exports were made from.
+        config: the definition that the exports are held to.
+        length: tokens of the longest sequence, see check_length.
+        text: what is run, and what the exports' tokenizers are tried on; random tokens if None.
+        seed: of those.
+        limits: by precision, before the standard ones.
+        threads: of llama.cpp and ONNX Runtime.
+        build: compile llama.cpp where it is missing.
+        say: progress.
+
+    Returns:
+        The certificate as JSON values, and the results that it was made of.
+
+    Raises:
+        LongRopeError: the source cannot be run, or the text is too short. What goes wrong with an
+            export is in its result.
+    """
+    cases = make_cases(config, length)
+    tokens = make_tokens(model, text, max(case.num_tokens for case in cases), seed)
+    reference = ReferenceRows(model.path, config, tokens, cases, say)
+    results = [
+        verify_export(
+            export,
+            config,
+            tokens,
+            cases,
+            reference,
+            limits=limits,
+            text=text,
+            threads=threads,
+            build=build,
+            say=say,
+        )
+        for export in exports
+    ]
+    probe = reference.probe(cases, config, tokens)
+    return make_certificate(model.path, config, tokens, results, probe), results
+
+
+def check_length(model: Model, config: LongRopeConfig, wanted: int | None) -> int:
+    """The longest sequence to run: what is wanted, else the target or what fits into the memory.
+
+    Raises:
+        ConfigError: beyond the target, or nothing fits.
+    """
+    target = config.max_position_embeddings
+    if wanted is not None:
+        if not 2 <= wanted <= target:
+            raise ConfigError(f"the length must be 2 to {target} tokens, the target, got {wanted}")
+        return wanted
+    fits = longest_length(model, count_parameters(model.path), available_bytes())
+    if fits < 2:
+        raise ConfigError("not enough free memory for this model in float32: give a length")
+    return min(target, fits)

@@ -1,0 +1,111 @@
+"""Write docs/parity.md and docs/parity.png: SmolLM2 in every format against the definition.
+
+    python scripts/update_parity.py [--length 600] [--work FOLDER]
+
+Fetches SmolLM2 and builds both llama.cpp where they are missing. Three tiers with borders at 8192 and
+16384 tokens, up to 32768; every border is looked at whatever the length is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
+from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
+from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
+from longrope_export.config import LongRopeConfig
+from longrope_export.demo.material import fetch_smollm2
+from longrope_export.ladder import make_config
+from longrope_export.models.model import load_model
+from longrope_export.runtimes.open import Export
+from longrope_export.verify.exports import verify_exports
+from longrope_export.verify.report import markdown, save_plot
+
+DOCS = Path(__file__).parent.parent / "docs"
+CONSOLE = Console(stderr=True)
+LADDER = "8192,16384,32768"
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
+ONNX_KINDS = (
+    ("fp32", "genai"),
+    ("fp32", "standard"),
+    ("fp16", "genai"),
+    ("int8", "genai"),
+    ("int4", "genai"),
+)
+PLOTTED = ("fp32",)
+
+HEAD = """# Measured parity
+
+SmolLM2-135M-Instruct (window 8192) with YaRN factors for three tiers, up to 8192, 16384 and 32768
+tokens, each tier with its own attention factor and 16 start tokens, rule `causal`. The source is the
+model's Q4_1 GGUF, unpacked to float32 once; every export is made from that folder and compared with
+it by `longrope-export verify`. Written by `scripts/update_parity.py`.
+
+![differences over position](parity.png)
+
+The stock runtimes at the end run the same files: where they depart from the definition is the
+problem that this project is about.
+
+"""
+
+
+def exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
+    """Each is written when it is asked for."""
+    source = load_model(folder)
+    root = folder.parent
+    yield Export("transformers", folder)
+    for kind in GGUF_TYPES:
+        path = root / f"smollm2-{kind}.gguf"
+        converter = GgufConverter(GgufOptions(outtype=kind))
+        converter.convert(source, config, path, lambda _: None)
+        yield Export("llama.cpp", path)
+    for precision, ops in ONNX_KINDS:
+        path = root / f"smollm2-{precision}-{ops}"
+        options = OnnxOptions(precision=precision, ops=ops)
+        OnnxConverter(options).convert(source, config, path, lambda _: None)
+        yield Export("onnxruntime", path)
+    remote = root / "smollm2-remote"
+    options_ = SafetensorsOptions(remote_code=True, link=True)
+    SafetensorsConverter(options_).convert(source, config, remote, lambda _: None)
+    yield Export("transformers-remote", remote)
+    yield Export("llama.cpp-stock", root / "smollm2-f32.gguf")
+    yield Export("genai", root / "smollm2-fp32-genai")
+    yield Export("transformers-stock", remote)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--length", type=int, default=600, help="of the sequences from the start")
+    parser.add_argument("--work", type=Path, help="keep the exports here")
+    arguments = parser.parse_args()
+    gguf = load_model(fetch_smollm2(CONSOLE.print))
+    config = make_config(gguf, "yarn", 32768, ladder=LADDER, num_start_tokens=16)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.work or Path(temporary)) / "smollm2"
+        folder.parent.mkdir(exist_ok=True)
+        if not folder.exists():
+            SafetensorsConverter(SafetensorsOptions(dtype="f32")).convert(
+                gguf, None, folder, lambda _: None
+            )
+
+        def say(what: str, share: float) -> None:
+            CONSOLE.print(f"{what}: {share:.0%}", highlight=False)
+
+        certificate, _ = verify_exports(
+            load_model(folder), config, list(exports(folder, config)), arguments.length,
+            build=True, say=say,
+        )  # fmt: skip
+    (DOCS / "parity.md").write_text(HEAD + markdown(certificate), encoding="utf-8")
+    shown = [e for e in certificate["exports"] if e["precision"] in PLOTTED]
+    save_plot({**certificate, "exports": shown}, DOCS / "parity.png")
+    Path("parity.json").write_text(json.dumps(certificate), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The plan, the comparison, the certificate and the command of `verify`; numbers: integration/."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_onnx import export, make_source, three_tiers
+from tiny_models import add_bpe_tokenizer
+
+import longrope_export
+from longrope_converters.certificate import embed_certificate
+from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
+from longrope_export.cli import main
+from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ConfigError, ModelError
+from longrope_export.factor_files import to_json
+from longrope_export.gguf_format import read_header
+from longrope_export.models.model import load_model
+from longrope_export.runtimes.open import parse_export
+from longrope_export.verify.certificate import content_hash, read_certificate
+from longrope_export.verify.compare import Limit, compare, limit_for
+from longrope_export.verify.exports import check_length
+from longrope_export.verify.memory import longest_length
+from longrope_export.verify.plan import checked_borders, make_cases, rows_of
+
+Folder = Path
+
+
+def config_of(*lengths: int, switch: str = "causal") -> LongRopeConfig:
+    tiers = tuple(FactorTier(length, (1.0, 2.0)) for length in lengths)
+    return LongRopeConfig(10000.0, 4, lengths[0], lengths[-1], tiers, SwitchPolicy(switch))
+
+
+@pytest.mark.parametrize("switch", ["causal", "sequence"])
+def test_the_plan_looks_on_both_sides_of_every_border(switch: str) -> None:
+    config = config_of(8192, 16384, 131072, switch=switch)
+    rows = {row for case in make_cases(config, 600) for row in rows_of(case, config)}
+    for border, tier in ((8192, 0), (16384, 1)):
+        below = {row.tier for row in rows if row.position == border - 1}
+        above = {row.tier for row in rows if row.position == border}
+        assert tier in below and tier + 1 in above
+    assert max(row.position for row in rows) == 131071
+    assert max(case.num_tokens for case in make_cases(config, 600)) == 600
+
+
+def test_under_sequence_the_final_length_picks_the_tier_of_all_rows() -> None:
+    config = config_of(64, 128, switch="sequence")
+    case = next(case for case in make_cases(config, 100) if case.declared_length == 65)
+    assert {row.tier for row in rows_of(case, config)} == {1}
+    causal = replace(config, switch=SwitchPolicy.CAUSAL)
+    case = make_cases(causal, 100)[0]
+    assert [row.tier for row in rows_of(case, causal)] == [0] * 64 + [1] * 36
+
+
+def test_a_long_ladder_is_tried_at_some_of_its_borders() -> None:
+    config = config_of(*range(100, 20100, 100))
+    borders = checked_borders(config, 20000)
+    assert len(borders) == 6 and borders[0] == 100 and borders[-1] == 19900
+    assert sum(case.num_tokens for case in make_cases(config, 600)) < 3000
+
+
+def test_differences_of_rows() -> None:
+    expected = np.log(np.asarray([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]], np.float32))
+    got = np.log(np.asarray([[0.25, 0.5, 0.25], [0.2, 0.2, 0.6]], np.float32)) + 3
+    found = compare(got - 3, expected, [0, None])
+    assert found.difference.tolist() == pytest.approx([np.log(2), 0], abs=1e-6)
+    assert found.kl.tolist() == pytest.approx([0.25 * np.log(2), 0], abs=1e-6)
+    assert found.same_top.tolist() == [False, True]
+    assert found.loss[0] == pytest.approx(np.log(2)) and np.isnan(found.loss[1])
+    assert compare(got, expected, [0, None]).kl.tolist() == pytest.approx(
+        found.kl.tolist(), abs=1e-6
+    )
+    padded = np.concatenate([got - 3, np.full((2, 5), 9, np.float32)], axis=1)
+    assert compare(padded, expected, [0, None]).kl.tolist() == found.kl.tolist()
+    with pytest.raises(ConfigError, match="shape"):
+        compare(got[:, :2], expected, [0, None])
+    bad = compare(np.full_like(got, np.nan), expected, [0, None])
+    assert bad.misses(Limit(None, 1e9, 1e9)).all()
+
+
+def test_a_mean_beyond_its_limit_names_the_rows_that_make_it() -> None:
+    expected = np.zeros((4, 2), np.float32)
+    got = expected + np.asarray([[0, 0], [0, 0.3], [0, 0.3], [0, 0]], np.float32)
+    found = compare(got, expected, [None] * 4)
+    assert found.misses(Limit(None, 1, 1e-3)).tolist() == [False, True, True, False]
+    assert not found.misses(Limit(None, 1, 1)).any()
+
+
+def test_limits_by_precision() -> None:
+    assert limit_for("q4_k") == limit_for("int4") != limit_for("q8_0")
+    assert limit_for("q4_k", {"q4_k": Limit(None, 9, 9)}).kl == 9
+    with pytest.raises(ConfigError, match="--limit tq1_0="):
+        limit_for("tq1_0")
+
+
+def test_the_reference_shares_no_formula() -> None:
+    """An exporter that used the reference's own tables, or the reverse, would prove nothing."""
+    package = Path(longrope_export.__file__).parent
+    reference = package / "verify" / "reference.py"
+    assert imports(reference) == {
+        "longrope_export.config",
+        "longrope_export.models.torch_model",
+    }
+    assert imports(package / "models" / "torch_model.py") == {"longrope_export.errors"}
+    others = [*package.rglob("*.py"), *(package.parent / "converters").rglob("*.py")]
+    users = {p.relative_to(package.parent) for p in others if "verify.reference" in p.read_text()}
+    assert users == {Path("longrope_export/verify/run.py")}
+
+
+def imports(path: Path) -> set[str]:
+    found = (
+        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+    )
+    return {node.module for node in found if node.module and node.module.startswith("longrope")}
+
+
+def test_memory_decides_how_long(tmp_path: Path) -> None:
+    model = load_model(make_source(tmp_path / "m"))
+    once, twice = (longest_length(model, 1000, gib << 30) for gib in (1, 2))
+    assert 1.9 < twice / once < 2.1
+    assert longest_length(model, 1 << 40, 1 << 30) == 0
+    assert check_length(model, model.native, None) == model.window
+    with pytest.raises(ConfigError, match="2 to 256"):
+        check_length(model, model.native, 257)
+
+
+def test_which_runtime_runs_what(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "m")
+    assert parse_export(str(source)).runtime == "transformers"
+    assert parse_export(f"transformers-stock={source}").runtime == "transformers-stock"
+    onnx = export(source, None, tmp_path / "onnx")
+    assert parse_export(str(onnx)).runtime == "onnxruntime"
+    for wrong in ("nothing", f"vllm={source}", f"genai={tmp_path / 'no'}", str(tmp_path)):
+        with pytest.raises(ModelError):
+            parse_export(wrong)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """m: a model; f.json; onnx: its export; certificate.json, .md and .png of a run."""
+    root = tmp_path_factory.mktemp("command")
+    source = make_source(root / "m")
+    add_bpe_tokenizer(source)
+    config = three_tiers(source)
+    (root / "f.json").write_text(json.dumps(to_json(config)))
+    export(source, config, root / "onnx")
+    written = [("-o", "certificate.json"), ("--markdown", "card.md"), ("--plot", "plot.png")]
+    options = [word for flag, name in written for word in (flag, str(root / name))]
+    result = run(root, "m", "onnx", "--factors", root / "f.json", *options)
+    assert result.exit_code == 0, result.output
+    return root
+
+
+def run(root: Folder, *arguments: object):  # type: ignore[no-untyped-def]
+    """`verify` with paths below root."""
+    words = [str(root / a) if a in ("m", "onnx", "other") else str(a) for a in arguments]
+    return CliRunner().invoke(main, ["verify", *words, "--threads", "1"])
+
+
+def test_what_the_command_writes(made: Folder) -> None:
+    certificate = json.loads((made / "certificate.json").read_text())
+    assert certificate["passed"] and certificate["config"]["switch"] == "causal"
+    (found,) = certificate["exports"]
+    assert found["precision"] == "fp32" and found["problems"] == []
+    names = [case["name"] for case in found["cases"]]
+    assert names[:4] == [
+        "one prefill",
+        "chunks of 84",
+        "one by one over borders",
+        "batch of two lengths",
+    ]
+    assert sum(name.startswith("from position") for name in names) == 5
+    assert all(case["max_difference"] < 2e-4 for case in found["cases"])
+    card = (made / "card.md").read_text()
+    assert card.startswith("## Numerical parity") and "| one prefill | 256 |" in card
+    assert (made / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_miss_is_exit_code_1_and_named(made: Folder) -> None:
+    config = json.loads((made / "f.json").read_text())
+    config["tiers"][1]["attention_factor"] *= 1.01
+    (made / "wrong.json").write_text(json.dumps(config))
+    result = run(made, "m", "onnx", "--factors", made / "wrong.json", "--json", "--length", 100)
+    assert result.exit_code == 1
+    certificate = json.loads(result.stdout)
+    (found,) = certificate["exports"]
+    assert "tiers[1].attention_factor is 1.2, expected 1.212" in found["problems"][0]
+    assert found["cases"][0]["first_miss"] == 64
+
+
+def test_wrong_use(made: Folder) -> None:
+    assert "at least one EXPORT" in run(made, "m").output
+    assert "target" in run(made, "m", "onnx", "--length", 10**6).output
+    assert "KL:MEAN_KL" in run(made, "m", "onnx", "--limit", "fp32=x").output
+    (made / "short.txt").write_text("Numbers: 0 1 2 3")
+    result = run(made, "m", "onnx", "--text", made / "short.txt")
+    assert result.exit_code == 2 and "expected at least 256" in result.output
+    text = made / "long.txt"
+    text.write_text("Every file that comes out of a converter must hold the same numbers. " * 20)
+    result = run(made, "m", "onnx", "--factors", made / "f.json", "--text", text, "--length", 80)
+    assert result.exit_code == 0, result.output
+
+
+def test_check_finds_the_export_again_and_nothing_else(made: Folder, tmp_path: Path) -> None:
+    copy = tmp_path / "other"
+    shutil.copytree(made / "onnx", copy)
+    embed_certificate(copy, json.loads((made / "certificate.json").read_text()))
+    for certificate in (made / "certificate.json", copy):
+        result = run(tmp_path, "--check", certificate, "other")
+        assert result.exit_code == 0, result.output
+    with (copy / "model.onnx.data").open("r+b") as file:
+        file.write(b"\0\1")
+    result = run(tmp_path, "--check", made / "certificate.json", "other")
+    assert result.exit_code == 1 and "none of the certified exports" in result.output
+    (tmp_path / "x.json").write_text("{}")
+    assert run(tmp_path, "--check", tmp_path / "x.json", "other").exit_code == 2
+
+
+def test_check_runs_the_export(made: Folder) -> None:
+    certificate = json.loads((made / "certificate.json").read_text())
+    certificate["probe"]["log_probabilities"][-1][0] -= 0.1
+    (made / "moved.json").write_text(json.dumps(certificate))
+    result = run(made, "--check", made / "moved.json", "onnx")
+    assert result.exit_code == 1 and "differs from the certificate" in result.output
+    del certificate["probe"]
+    (made / "moved.json").write_text(json.dumps(certificate))
+    assert "damaged" in run(made, "--check", made / "moved.json", "onnx").output
+
+
+def test_a_certificate_in_a_gguf_changes_neither_hash_nor_tensors(
+    made: Folder, tmp_path: Path
+) -> None:
+    source, path = load_model(made / "m"), tmp_path / "m.gguf"
+    converter = GgufConverter(GgufOptions(outtype="f32", pre="gpt-2"))
+    converter.convert(source, three_tiers(made / "m"), path, lambda _: None)
+    before, data = content_hash(path), path.read_bytes()[read_header(path).data_start_bytes :]
+    certificate = json.loads((made / "certificate.json").read_text())
+    for _ in range(2):
+        embed_certificate(path, certificate)
+        assert content_hash(path) == before
+    assert path.read_bytes()[read_header(path).data_start_bytes :].startswith(data)
+    assert read_certificate(path)["created"] == certificate["created"]
+    with path.open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"changed")
+    assert content_hash(path) != before
+
+
+def test_export_commands_verify_at_once(made: Folder, tmp_path: Path) -> None:
+    words = ["onnx", str(made / "m"), "--factors", str(made / "f.json"), "--verify"]
+    result = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "passed" in result.output, result.output
