@@ -80,13 +80,14 @@ def command(
     embed: bool,
     as_json: bool,
 ) -> None:
-    """Run MODEL under the definition and every EXPORT, and compare their logits.
+    """Prove that exports compute what the definition says.
 
-    MODEL is the folder or GGUF that the exports were made from, in float32. The definition is that
-    of --factors, else what MODEL carries. An EXPORT is a GGUF (run by the patched llama.cpp), a
-    folder with model.onnx (ONNX Runtime) or a Hugging Face folder (our live runtime), or
-    RUNTIME=PATH: llama.cpp, llama.cpp-stock, onnxruntime, genai, transformers,
-    transformers-stock, transformers-remote. Exit code 1 if any of them differs.
+    MODEL and every EXPORT are run, and their logits compared. MODEL is the folder or GGUF that the
+    exports were made from, in float32; the definition is that of --factors, else what MODEL
+    carries. An EXPORT is a GGUF (run by the patched llama.cpp), a folder with model.onnx (ONNX
+    Runtime), a Hugging Face folder (our live runtime), or RUNTIME=PATH: llama.cpp,
+    llama.cpp-stock, onnxruntime, genai, transformers, transformers-stock, transformers-remote.
+    Exit code 1 if any of them differs.
 
     \b
     longrope-export verify model/ model.gguf model-onnx/ --factors f.json -o certificate.json
