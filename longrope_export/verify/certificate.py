@@ -66,6 +66,7 @@ def _export_json(result: ExportResult) -> dict[str, Any]:
         "runtime_version": info.version if info else None,
         "precision": info.precision if info else None,
         "switching": info.switching if info else None,
+        "log_probabilities": info.log_probabilities if info else None,
         "sha256": content_hash(result.export.path),
         "passed": result.passed,
         "problems": result.problems,
@@ -96,8 +97,10 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
     }
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path | str) -> str | None:
     """SHA-256 of what a model file or folder says, hex; an embedded certificate is left out.
+
+    None for a server, whose address is text.
 
     A GGUF: its keys in the order of their names, its tensors and their bytes. A folder: the names
     and bytes of its files, in the order of their names.
@@ -105,6 +108,8 @@ def content_hash(path: Path) -> str:
     Raises:
         ModelError: the path cannot be read.
     """
+    if isinstance(path, str):
+        return None
     digest = hashlib.sha256()
     try:
         if path.is_file() and path.suffix == ".gguf":
@@ -138,7 +143,7 @@ def _hash_bytes(path: Path, start: int, digest: hashlib._Hash) -> None:
             digest.update(block)
 
 
-def check_certificate(certificate: Mapping[str, Any], export: Path, where: str) -> list[str]:
+def check_certificate(certificate: Mapping[str, Any], export: Path | str, where: str) -> list[str]:
     """Problems of an export that a certificate is said to be about; empty where all is well.
 
     Raises:
@@ -149,6 +154,8 @@ def check_certificate(certificate: Mapping[str, Any], export: Path, where: str) 
     if certificate.get("version") != VERSION:
         raise ModelError(f"{where}: version {certificate.get('version')!r}, expected {VERSION}")
     found = content_hash(export)
+    if found is None:
+        return [f"{export} is a server: it has no hash that a certificate could know"]
     entries = [entry for entry in certificate["exports"] if entry["sha256"] == found]
     if not entries:
         known = ", ".join(str(entry["path"]) for entry in certificate["exports"])
