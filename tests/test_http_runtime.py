@@ -171,6 +171,15 @@ def test_a_server_that_computes_the_definition_passes(
     assert max(case.difference.difference.max() for case in result.cases) < 1e-4
 
 
+def test_fewer_tokens_may_be_asked_for(server: Vllm) -> None:
+    model = HttpModel(server.url, vocabulary=VOCABULARY, named=50)
+    row = model.start().append(TOKENS[:5], keep=1)
+    assert model.info.log_probabilities == np.isfinite(row).sum() == 50
+    server.max_logprobs = 3
+    with pytest.raises(ModelError, match="400 .*logprobs of 5, which is too many"):
+        HttpModel(server.url, vocabulary=VOCABULARY)
+
+
 @pytest.mark.parametrize("named", [VOCABULARY, 20])
 def test_another_attention_factor_is_caught_at_the_border(
     folder: Path, serve: Callable[[LongRopeConfig], Vllm], named: int
@@ -251,6 +260,7 @@ def test_wrong_answers(server: Vllm, path: str, answer: tuple[int, str], said: s
 
 
 def test_nobody_there_and_a_server_that_is_silent(server: Vllm) -> None:
+    server.http.handle_error = lambda *_: None  # type: ignore[method-assign]  # we hang up
     model = HttpModel(server.url, vocabulary=VOCABULARY, timeout=0.3)
     with server._lock, pytest.raises(ModelError, match=r"silent for 0\.3 seconds"):
         model.start().append(TOKENS[:3], keep=1)
@@ -278,13 +288,11 @@ def test_addresses_and_certificates(server: Vllm, folder: Path) -> None:
 def test_rows_of_log_probabilities_are_compared_as_logits_are() -> None:
     generator = np.random.default_rng(1)
     right = generator.normal(size=(4, 50)).astype(np.float32) * 3
-    wrong = right + generator.normal(size=right.shape).astype(np.float32) * 0.1
+    wrong = right + generator.normal(size=right.shape).astype(np.float32) * 0.5
     given = np.log(softmax(wrong)).astype(np.float32)
     following = [3, None, 7, 9]
-    full, found = (
-        compare(wrong, right, following),
-        compare_log_probabilities(given, right, following),
-    )
+    full = compare(wrong, right, following)
+    found = compare_log_probabilities(given, right, following)
     assert np.allclose(found.kl, full.kl, atol=1e-7)
     assert np.allclose(found.loss, full.loss, atol=1e-6, equal_nan=True)
     assert found.same_top.tolist() == full.same_top.tolist()
@@ -297,7 +305,7 @@ def test_rows_of_log_probabilities_are_compared_as_logits_are() -> None:
     p, q = (np.take_along_axis(softmax(x), top, 1) for x in (right, wrong))
     p, q = (np.concatenate([x, 1 - x.sum(1, keepdims=True)], 1) for x in (p, q))
     found = compare_log_probabilities(some, right, following)
-    assert np.allclose(found.kl, (p * np.log(p / q)).sum(1), atol=3e-6)
+    assert np.allclose(found.kl, (p * np.log(p / q)).sum(1), rtol=2e-2, atol=1e-3)
     assert np.allclose(found.difference, np.take_along_axis(expected, top, 1).max(1), atol=1e-5)
     assert (found.kl <= full.kl + 1e-9).all()
     named = [token in top[row] for row, token in enumerate(following)]
