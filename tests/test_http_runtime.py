@@ -176,7 +176,7 @@ def test_fewer_tokens_may_be_asked_for(server: Vllm) -> None:
     row = model.start().append(TOKENS[:5], keep=1)
     assert model.info.log_probabilities == np.isfinite(row).sum() == 50
     server.max_logprobs = 3
-    with pytest.raises(ModelError, match="400 .*logprobs of 5, which is too many"):
+    with pytest.raises(ModelError, match=r"400 .*logprobs of 5, which is too many"):
         HttpModel(server.url, vocabulary=VOCABULARY)
 
 

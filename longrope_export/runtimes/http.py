@@ -6,10 +6,6 @@ carries all tokens before it; the server's own prompt cache makes that cheap.
 
 from __future__ import annotations
 
-import http.client
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -19,6 +15,7 @@ import numpy as np
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import ModelError
 from longrope_export.runtimes.base import DEFAULT_CHUNK, Logits, RuntimeInfo, Tokens
+from longrope_export.runtimes.http_client import JsonClient, RefusedError
 
 _COUNTS = (1000, 100, 20, 5)  # tokens to ask for where a server refuses the whole vocabulary
 _FORCED = 1e4  # logit bias that decides which token is sampled
@@ -52,7 +49,7 @@ class HttpModel:
         named: int | None = None,
         timeout: float = 600,
     ) -> None:
-        self._server = _open(_Client(url, timeout), vocabulary, named)
+        self._server = _open(JsonClient(url, timeout), vocabulary, named)
         self.info = self._server.info
 
     def start(
@@ -134,10 +131,10 @@ class _Server(Protocol):
     def tokenize(self, text: str) -> list[int] | None: ...
 
 
-def _open(client: _Client, vocabulary: int | None, named: int | None) -> _Server:
+def _open(client: JsonClient, vocabulary: int | None, named: int | None) -> _Server:
     try:
         props = client.call("/props")
-    except _RefusedError as error:
+    except RefusedError as error:
         if error.status not in (404, 405):
             raise
         return _CompletionsServer(client, vocabulary, named)
@@ -149,7 +146,7 @@ class _LlamaServer:
     """llama-server's own endpoints: it names as many tokens as one likes, by their ids."""
 
     def __init__(
-        self, client: _Client, props: Any, vocabulary: int | None, named: int | None
+        self, client: JsonClient, props: Any, vocabulary: int | None, named: int | None
     ) -> None:
         self._client = client
         self._slots = int(props["total_slots"])
@@ -209,7 +206,7 @@ class _LlamaServer:
 class _CompletionsServer:
     """/v1/completions as vLLM has it: it names the likeliest tokens, as `token_id:123`."""
 
-    def __init__(self, client: _Client, vocabulary: int | None, named: int | None) -> None:
+    def __init__(self, client: JsonClient, vocabulary: int | None, named: int | None) -> None:
         if vocabulary is None:
             raise ModelError(f"{client.url} does not say how many tokens its vocabulary has")
         self._client, self.vocabulary = client, vocabulary
@@ -248,9 +245,10 @@ class _CompletionsServer:
             _check_length(self._client, answer["usage"]["prompt_tokens"], len(tokens))
             top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
             found = {self._id(name): float(value) for name, value in top.items()}
-        if max(found) >= self.vocabulary:
+            largest = max(found)
+        if largest >= self.vocabulary:
             raise ModelError(
-                f"{self._client.url} names token {max(found)}, the vocabulary has "
+                f"{self._client.url} names token {largest}, the vocabulary has "
                 f"{self.vocabulary}: start it with an export of this model"
             )
         return found
@@ -259,7 +257,7 @@ class _CompletionsServer:
         """By /tokenize, which vLLM has."""
         try:
             answer = self._client.call("/tokenize", model=self._model, prompt=text)
-        except _RefusedError:
+        except RefusedError:
             return None
         with self._client.reading("/tokenize", answer):
             return [int(token) for token in answer["tokens"]]
@@ -278,7 +276,7 @@ class _CompletionsServer:
         for named in [wanted, *(count for count in _COUNTS if count < wanted)]:
             try:
                 return min(named, len(self._ask([0], named)))
-            except _RefusedError as error:
+            except RefusedError as error:
                 if error.status not in (400, 422):
                     raise
                 refused = error
@@ -291,85 +289,9 @@ class _CompletionsServer:
             return "unknown"
 
 
-def _check_length(client: _Client, got: int, expected: int) -> None:
+def _check_length(client: JsonClient, got: int, expected: int) -> None:
     if got != expected:
         raise ModelError(
             f"{client.url} read {got} tokens of a prompt of {expected}: it must take prompts as they "
             "are, whole and without tokens of its own"
         )
-
-
-class _RefusedError(ModelError):
-    """The server answered with an HTTP error."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class _Client:
-    """JSON over HTTP."""
-
-    def __init__(self, url: str, timeout: float) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self._timeout = timeout
-
-    def call(self, path: str, **body: Any) -> Any:
-        """POST a JSON object, or GET if there is none.
-
-        Raises:
-            ModelError: there is no answer, or it is not JSON.
-        """
-        where = self.url + path
-        data = json.dumps(body).encode() if body else None
-        try:
-            request = urllib.request.Request(where, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                text = response.read()
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")
-            raise _RefusedError(
-                f"{where} answered {error.code} {error.reason}: {_message(said)}", error.code
-            ) from error
-        except TimeoutError as error:
-            raise ModelError(
-                f"{where} was silent for {self._timeout:g} seconds: give the server more threads, "
-                "or a smaller --length"
-            ) from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ModelError(f"{where} cannot be reached: {error}: is the server up?") from error
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ModelError(
-                f"{where} did not answer in JSON, but {text[:80]!r}: is it llama-server or vLLM?"
-            ) from error
-
-    def reading(self, path: str, answer: Any) -> _Reading:
-        """A context in which missing parts of an answer become a ModelError."""
-        return _Reading(self.url + path, answer)
-
-
-class _Reading:
-    def __init__(self, where: str, answer: Any) -> None:
-        self._where, self._answer = where, answer
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, KeyError | IndexError | TypeError | ValueError | AttributeError):
-            raise ModelError(
-                f"{self._where} did not answer as llama-server or vLLM do ({error!r} is missing or "
-                f"of another kind): {json.dumps(self._answer)[:200]}"
-            ) from error
-
-
-def _message(body: str) -> str:
-    """What an error body says: {"error": {"message": ...}}, {"message": ...}, or its text."""
-    try:
-        values = json.loads(body)
-        inner = values.get("error", values)
-        return str(inner["message"] if isinstance(inner, dict) else inner)
-    except (ValueError, AttributeError, KeyError):
-        return " ".join(body.split())[:300]
