@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from tiny_models import add_bpe_tokenizer, make_model
 
+from longrope_export.cli import main
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ConfigError, ModelError
+from longrope_export.factor_files import to_json
 from longrope_export.hf_runtime import apply_longrope
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.http import HttpModel
 from longrope_export.runtimes.open import Export, parse_export
-from longrope_export.verify.certificate import content_hash, make_certificate
+from longrope_export.verify.certificate import content_hash
 from longrope_export.verify.compare import Limit, compare, compare_log_probabilities
 from longrope_export.verify.plan import make_cases, of_prefixes, rows_of
-from longrope_export.verify.report import markdown
 from longrope_export.verify.run import ExportResult, ReferenceRows, verify_export
 
 LENGTH, TARGET, VOCABULARY = 40, 64, 320
@@ -194,8 +196,7 @@ def test_another_attention_factor_is_caught_at_the_border(
 def test_the_tokenizer_of_the_server_is_compared(server: Vllm, folder: Path) -> None:
     config = two_tiers(folder)
     assert verify(server, folder, config, text=TEXT).passed
-    add_other = {"tokens": [7, 8, 9]}
-    server.answers["/tokenize"] = (200, json.dumps(add_other))
+    server.answers["/tokenize"] = (200, json.dumps({"tokens": [7, 8, 9]}))
     result = verify(server, folder, config, text=TEXT)
     assert [problem[:10] for problem in result.problems] == ["tokenizer:"]
     server.answers["/tokenize"] = (404, "")
@@ -271,18 +272,25 @@ def test_nobody_there_and_a_server_that_is_silent(server: Vllm) -> None:
             HttpModel(url, vocabulary=VOCABULARY)
 
 
-def test_addresses_and_certificates(server: Vllm, folder: Path) -> None:
+def test_addresses(folder: Path) -> None:
     address = "http://127.0.0.1:8080/v1"
     for text in (address, f"server={address}"):
         assert parse_export(text) == Export("server", address)
     with pytest.raises(ModelError):
         parse_export(f"server={folder}")
     assert content_hash(address) is None
-    config = two_tiers(folder)
-    certificate = make_certificate(folder, config, TOKENS, [verify(server, folder, config)])
-    (found,) = json.loads(json.dumps(certificate))["exports"]
+
+
+def test_the_command_and_what_it_writes(server: Vllm, folder: Path, tmp_path: Path) -> None:
+    factors, certificate, card = (tmp_path / name for name in ("f.json", "c.json", "card.md"))
+    factors.write_text(json.dumps(to_json(two_tiers(folder))))
+    words = ["verify", folder, server.url, "--factors", factors, "--length", LENGTH]
+    words += ["--limit", "unknown=1e-6:1e-7:1e-3", "-o", certificate, "--markdown", card]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(certificate.read_text())["exports"]
     assert found["path"] == server.url and found["sha256"] is None and found["passed"]
-    assert f"log probabilities, of {VOCABULARY} tokens" in markdown(certificate)
+    assert f"log probabilities, of {VOCABULARY} tokens" in card.read_text()
 
 
 def test_rows_of_log_probabilities_are_compared_as_logits_are() -> None:
