@@ -86,8 +86,8 @@ def command(
     exports were made from, in float32; the definition is that of --factors, else what MODEL
     carries. An EXPORT is a GGUF (run by the patched llama.cpp), a folder with model.onnx (ONNX
     Runtime), a Hugging Face folder (our live runtime), or RUNTIME=PATH: llama.cpp,
-    llama.cpp-stock, onnxruntime, genai, transformers, transformers-stock, transformers-remote.
-    Exit code 1 if any of them differs.
+    llama.cpp-stock, onnxruntime, genai, transformers, transformers-stock, transformers-remote,
+    server; or the http:// address of a llama-server or vLLM. Exit code 1 if any of them differs.
 
     \b
     longrope-export verify model/ model.gguf model-onnx/ --factors f.json -o certificate.json
@@ -140,7 +140,7 @@ def command(
         from longrope_converters.certificate import embed_certificate
 
         for result in results:
-            if result.passed:
+            if result.passed and isinstance(result.export.path, Path):  # a server holds none
                 embed_certificate(result.export.path, certificate)
                 say(f"{result.export.path}: certificate embedded")
     if not certificate["passed"]:

@@ -25,18 +25,24 @@ class RuntimeInfo:
     Attributes:
         name: of the program: "llama.cpp, patched".
         version: of that program.
-        path: the model that it runs.
+        path: the model that it runs, or the address of a server.
         precision: of the weights and of what is computed around them: fp32, fp16, bf16, q8_0, ...
         switching: when it changes tiers, in a few words.
+        log_probabilities: None if its rows are logits. A number for a server: each row is
+            computed as the end of a text of its own, and holds natural logarithms of
+            probabilities, of so many tokens at most, NaN for the others.
         any_position: a sequence may begin at a position other than 0.
+        longest: tokens of the longest sequence, where that was fixed before.
     """
 
     name: str
     version: str
-    path: Path
+    path: Path | str
     precision: str
     switching: str
+    log_probabilities: int | None = None
     any_position: bool = True
+    longest: int | None = None
 
 
 class RunningSequence(Protocol):

@@ -63,6 +63,7 @@ class HfModel:
     ) -> None:
         from longrope_export.hf_runtime import apply_longrope
 
+        self._path = path
         source = load_model(path)
         self.config = source.native if source.has_definition or config is None else config
         model, version = load_torch_model(path, dtype, trust_remote_code=flavour is Flavour.REMOTE)
@@ -117,7 +118,7 @@ class HfModel:
     def tokenize(self, text: str) -> list[int] | None:
         """By transformers' tokenizer of the folder or the GGUF; None where there is none."""
         try:
-            tokenizer = load_torch_tokenizer(self.info.path)
+            tokenizer = load_torch_tokenizer(self._path)
         except ModelError:
             return None
         ids: list[int] = tokenizer(text).input_ids

@@ -18,33 +18,37 @@ RUNTIMES = {
     "transformers": "our live runtime on transformers' classes",
     "transformers-stock": "transformers alone",
     "transformers-remote": "the modelling file that lies in the folder (runs its code)",
+    "server": "a running llama-server or vLLM, for an http:// address",
 }
 
 
 @dataclass(frozen=True)
 class Export:
-    """A path and the runtime that is to run it.
+    """A path, or the address of a server, and the runtime that is to run it.
 
     Attributes:
         runtime: a name in RUNTIMES.
-        path: a file or a folder.
+        path: a file or a folder; the address as text.
     """
 
     runtime: str
-    path: Path
+    path: Path | str
 
     def __str__(self) -> str:
         return f"{self.runtime}={self.path}"
 
 
 def parse_export(text: str) -> Export:
-    """`PATH`, or `RUNTIME=PATH` for another runtime than the path's usual one.
+    """`PATH` or `http://HOST:PORT`, or `RUNTIME=PATH` for another than the path's usual runtime.
 
     Raises:
         ModelError: there is no such path or runtime, or the path is none of the known kinds.
     """
+    address = text.removeprefix("server=")
+    if address.startswith(("http://", "https://")):
+        return Export("server", address)
     name, separator, rest = text.partition("=")
-    if separator and name in RUNTIMES:
+    if separator and name in RUNTIMES and name != "server":
         path = Path(rest)
         if not path.exists():
             raise ModelError(f"{text}: no such file or folder as {path}")
@@ -57,8 +61,8 @@ def parse_export(text: str) -> Export:
     if path.is_dir() and is_hf_folder(path):
         return Export("transformers", path)
     raise ModelError(
-        f"{text}: expected a GGUF, a folder with model.onnx or config.json, or RUNTIME=PATH with "
-        f"a runtime of {', '.join(RUNTIMES)}"
+        f"{text}: expected a GGUF, a folder with model.onnx or config.json, http://HOST:PORT, or "
+        f"RUNTIME=PATH with a runtime of {', '.join(RUNTIMES)}"
     )
 
 
@@ -67,6 +71,7 @@ def open_runtime(
     *,
     context: int,
     config: LongRopeConfig | None = None,
+    vocabulary: int | None = None,
     threads: int | None = None,
     build: bool = False,
 ) -> Runtime:
@@ -75,6 +80,7 @@ def open_runtime(
     Args:
         context: tokens that have to fit; what llama.cpp and genai allocate.
         config: for the live runtime on a folder that carries no definition.
+        vocabulary: tokens that a server has to know.
         threads: of llama.cpp and ONNX Runtime.
         build: compile llama.cpp where it is missing.
 
@@ -83,10 +89,13 @@ def open_runtime(
     """
     from longrope_export.runtimes.genai import GenaiModel
     from longrope_export.runtimes.hf import Flavour, HfModel
+    from longrope_export.runtimes.http import HttpModel
     from longrope_export.runtimes.llama_cpp import LlamaCppModel
     from longrope_export.runtimes.onnx import OnnxModel
 
-    path = export.path
+    if export.runtime == "server":
+        return HttpModel(str(export.path), vocabulary=vocabulary)
+    path = Path(export.path)
     match export.runtime:
         case "llama.cpp" | "llama.cpp-stock":
             patched = export.runtime == "llama.cpp"

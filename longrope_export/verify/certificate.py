@@ -75,6 +75,7 @@ def _export_json(result: ExportResult) -> dict[str, Any]:
         "runtime_version": info.version if info else None,
         "precision": info.precision if info else None,
         "switching": info.switching if info else None,
+        "log_probabilities": info.log_probabilities if info else None,
         "sha256": content_hash(result.export.path),
         "passed": result.passed,
         "problems": result.problems,
@@ -105,8 +106,10 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
     }
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path | str) -> str | None:
     """SHA-256 of what a model file or folder says, hex; an embedded certificate is left out.
+
+    None for a server, whose address is text.
 
     A GGUF: its keys in the order of their names, its tensors and their bytes. A folder: the names
     and bytes of its files, in the order of their names.
@@ -114,6 +117,8 @@ def content_hash(path: Path) -> str:
     Raises:
         ModelError: the path cannot be read.
     """
+    if isinstance(path, str):
+        return None
     digest = hashlib.sha256()
     try:
         if path.is_file() and path.suffix == ".gguf":

@@ -38,6 +38,8 @@ LIMITS: dict[str, Limit] = {
     "int8": Limit(None, 2e-2, 5e-3),
     "4-bit": Limit(None, 2.0, 0.5),
 }
+_SMALLEST = -80.0  # below it a probability in float32 loses its digits
+_ROUNDING = 1e-3  # of a sum of float32 probabilities; llama-server's, of 49152 tokens, was 1.0002
 _BITS = {"q4": "4-bit", "int4": "4-bit", "iq4": "4-bit", "q5": "4-bit", "q6": "q8_0", "q8": "q8_0"}
 
 
@@ -110,6 +112,58 @@ def compare(
         difference=np.abs(got - right).max(1),
         kl=np.maximum(kl, 0),  # rounding
         same_top=got.argmax(1) == right.argmax(1),
+        loss=np.asarray(loss, np.float64),
+    )
+
+
+def compare_log_probabilities(
+    given: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], following: list[int | None]
+) -> Difference:
+    """Compare rows of a server, which names some tokens alone, with logits.
+
+    `difference` is the largest |ln p - ln p_reference| of the named tokens; `kl` takes all others
+    as one outcome; `loss` is NaN where the token was not named. Rows that name all tokens are
+    normalized anew, as `compare` does.
+
+    Args:
+        given: (n, vocabulary) natural logarithms of probabilities, NaN where none was named.
+        expected: (n, vocabulary) logits.
+        following: (n,) the token after each row, None at the end of the text.
+
+    Raises:
+        ConfigError: the shapes differ, or a row names no token.
+    """
+    named = ~np.isnan(given)
+    if given.shape != expected.shape or not named.any(1).all():
+        raise ConfigError(
+            f"log probabilities have shape {given.shape}, the reference's logits {expected.shape}; "
+            f"{np.count_nonzero(~named.any(1))} rows are empty"
+        )
+    log_right = _log_softmax(expected.astype(np.float64))
+    log_got = np.where(named, given.astype(np.float64), -np.inf)
+    whole = named.all(1)
+    log_got[whole] = _log_softmax(log_got[whole])
+    log_right = np.maximum(log_right, _SMALLEST)
+    log_got = np.where(named, np.maximum(log_got, _SMALLEST), -np.inf)
+    right, got = np.exp(log_right), np.exp(log_got)
+    inside_right, inside_got = np.where(named, right, 0).sum(1), got.sum(1)
+    inside = np.where(named, right * (log_right - log_got), 0).sum(1)
+    inside -= inside_right * np.log(inside_right / inside_got)  # the named ones among themselves
+    inside_got = np.clip(inside_right, inside_got - _ROUNDING, inside_got + _ROUNDING)
+    outside = np.where(named, 0, right).sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rest = np.where(outside > 0, np.log(outside / np.maximum(1 - inside_got, 0)), 0)
+    kl = inside + inside_right * np.log(inside_right / inside_got) + outside * rest
+    loss = [
+        log_right[row, token] - log_got[row, token]
+        if token is not None and named[row, token]
+        else np.nan
+        for row, token in enumerate(following)
+    ]
+    return Difference(
+        difference=np.where(named, np.abs(log_got - log_right), 0).max(1),
+        kl=np.maximum(kl, 0),  # rounding
+        same_top=log_got.argmax(1) == log_right.argmax(1),
         loss=np.asarray(loss, np.float64),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 
@@ -149,6 +149,27 @@ def rows_of(case: Case, config: LongRopeConfig) -> list[Row]:
         length = max(end, case.declared_length or 0)
         rows += [row(position, length) for position in range(end - append.keep, end)]
     return rows
+
+
+def of_prefixes(case: Case, config: LongRopeConfig) -> Case:
+    """The case for a runtime that computes each row as the end of a text of its own.
+
+    Under `sequence` without the rows that belong to the tier of a longer text.
+    """
+    if config.switch is SwitchPolicy.CAUSAL:
+        return case
+
+    def kept(end: int, keep: int, length: int) -> int:
+        tier = tier_index(config, length)
+        return sum(tier_index(config, p + 1) == tier for p in range(end - keep, end))
+
+    appends, end = [], case.origin
+    for append in case.appends:
+        end += append.count
+        keep = kept(end, append.keep, max(end, case.declared_length or 0))
+        appends.append(Append(append.count, keep))
+    batch_keep = min((kept(n, case.batch_keep, n) for n in case.batch), default=1)
+    return replace(case, appends=tuple(appends), batch_keep=batch_keep)
 
 
 def tier_index(config: LongRopeConfig, length: int) -> int:

@@ -77,10 +77,17 @@ def markdown(certificate: Mapping[str, Any]) -> str:
             "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|",
             *map(_markdown_row, table_rows(export)),
             "",
-            f"{export['runtime_version']}; SHA-256 {export['sha256'][:16]}.",
+            f"{export['runtime_version']}; {_what_ran(export)}.",
         ]
     made = f"{certificate['tool']}, {certificate['created'][:10]}, {certificate['platform']}."
     return "\n".join([*lines, "", made]) + "\n"
+
+
+def _what_ran(export: Mapping[str, Any]) -> str:
+    if export["sha256"] is not None:
+        return f"SHA-256 {export['sha256'][:16]}"
+    named = export["log_probabilities"] or "some"
+    return f"a server; d is of log probabilities, of {named} tokens in each row"
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

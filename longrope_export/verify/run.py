@@ -11,11 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
-from longrope_export.errors import LongRopeError
+from longrope_export.errors import LongRopeError, ModelError
 from longrope_export.runtimes.base import Runtime, RuntimeInfo
 from longrope_export.runtimes.open import Export, open_runtime
-from longrope_export.verify.compare import Difference, Limit, compare, limit_for
-from longrope_export.verify.plan import Case, Row, rows_of
+from longrope_export.verify.compare import (
+    Difference,
+    Limit,
+    compare,
+    compare_log_probabilities,
+    limit_for,
+)
+from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
 from longrope_export.verify.reference import Reference
 
 _PROBE_TOKENS, _PROBE_ROWS, _PROBE_TOP = 768, 8, 32
@@ -133,6 +139,11 @@ class ReferenceRows:
             log_probabilities=np.take_along_axis(log_p, top, 1).round(6).tolist(),
         )
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that a row of logits is about."""
+        return len(next(iter(self._logits.values())))
+
     def of(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
         """(len(rows), vocabulary)."""
         return np.stack([self._logits[row] for row in rows])
@@ -162,20 +173,29 @@ def verify_export(
     result = ExportResult(export, None, None)
     try:
         context = max(sum(case.batch) or case.num_tokens for case in cases) + 1
-        runtime = open_runtime(export, context=context, config=config, threads=threads, build=build)
+        runtime = open_runtime(
+            export,
+            context=context,
+            config=config,
+            vocabulary=reference.vocabulary,
+            threads=threads,
+            build=build,
+        )
     except LongRopeError as error:
         result.problems.append(str(error))
         return result
     try:
         limit = limit_for(runtime.info.precision, limits)
         result = ExportResult(export, runtime.info, limit)
+        cases = [case for case in cases if runtime.info.any_position or not case.origin]
+        if runtime.info.log_probabilities is not None:
+            cases = [of_prefixes(case, config) for case in cases]
+        _check_room(runtime.info, max(case.num_tokens for case in cases))
         if runtime.config is not None:
             result.problems.extend(config_differences(config, runtime.config))
         if text is not None and (ids := runtime.tokenize(text)) is not None:
             result.problems.extend(_tokenizer_differences(list(tokens), ids))
         for number, case in enumerate(cases):
-            if case.origin and not runtime.info.any_position:
-                continue
             say(f"{runtime.info.name}: {case.name}", number / len(cases))
             result.cases.append(_run_case(runtime, case, config, tokens, reference, limit))
         say(runtime.info.name, 1.0)
@@ -184,6 +204,14 @@ def verify_export(
     finally:
         runtime.close()
     return result
+
+
+def _check_room(info: RuntimeInfo, length: int) -> None:
+    if info.longest is not None and length > info.longest:
+        raise ModelError(
+            f"{info.path}: {info.name} has room for sequences of {info.longest} tokens, the plan has "
+            f"{length}: start it with more room, or give --length {info.longest}"
+        )
 
 
 def _run_case(
@@ -212,7 +240,8 @@ def _run_case(
     seconds = time.perf_counter() - begun
     next_tokens = (row.position - row.origin + 1 for row in rows)
     following = [tokens[index] if index < len(tokens) else None for index in next_tokens]
-    difference = compare(np.concatenate(parts), reference.of(rows), following)
+    compare_rows = compare if runtime.info.log_probabilities is None else compare_log_probabilities
+    difference = compare_rows(np.concatenate(parts), reference.of(rows), following)
     misses = difference.misses(limit)
     first = min((row.position for row, bad in zip(rows, misses, strict=True) if bad), default=None)
     return CaseResult(case, rows, difference, first, seconds)
