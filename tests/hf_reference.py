@@ -1,23 +1,16 @@
-"""Toy models of every family, and the definition computed by itself to compare with.
-
-The reference shares no code with the runtime: the model's rotary embedding is switched off, and an
-attention function written here rotates queries and keys in float64, once per tier, all keys by the
-same tier as the query, without cache, padding or batch.
-"""
+"""Toy models of every family, and the definition computed by verify's reference to compare with."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
 from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig, SwitchPolicy
+from longrope_export.verify import reference
 
 THETA = 10000.0
 VOCAB = 96
@@ -110,89 +103,6 @@ def toy_config(
     return LongRopeConfig(**{**fields, **changes})
 
 
-class _NoRotary(nn.Module):
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.original = original
-
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        if layer_type == "sliding_attention":
-            return self.original(x, position_ids, layer_type)
-        cos, sin = self.original(x, position_ids, *([layer_type] if layer_type else []))
-        return torch.ones_like(cos), torch.zeros_like(sin)
-
-
-def _rotated(x: Tensor, positions: Tensor, width: int, tier: FactorTier | None) -> Tensor:
-    """x (heads, n, head_dim) float64; the formula of design section 3, token by token and pair by pair."""
-    result = x.clone()
-    half = width // 2
-    for pair in range(half):
-        theta = THETA ** (-2 * pair / width)
-        angle = positions.double() * theta
-        scale = 1.0
-        if tier is not None:
-            long = angle / tier.rescale_factors[pair]
-            angle = torch.where(positions < tier.num_start_tokens, angle, long)
-            scale = tier.attention_factor
-        a, b = x[..., pair], x[..., pair + half]
-        result[..., pair] = (a * angle.cos() - b * angle.sin()) * scale
-        result[..., pair + half] = (a * angle.sin() + b * angle.cos()) * scale
-    return result
-
-
-@contextmanager
-def _reference_attention(
-    model: Any, config: LongRopeConfig, positions: Tensor, tier_of: Tensor
-) -> Iterator[None]:
-    """tier_of: (n,) the tier index of each query."""
-    width = config.rotary_dim
-
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        layer = module.layer_idx
-        q, k, v = (part[0].double() for part in (query, key, value))
-        groups = len(q) // len(k)
-        scaling = config.logit_scaling
-        if scaling is not None and layer not in scaling.exempt_layers:
-            log = torch.log(positions.double() + 1) / math.log(scaling.base_length)
-            q = q * torch.clamp(log, min=1.0)[:, None]
-        output = torch.zeros(query.shape[2], len(q), v.shape[-1], dtype=torch.float64)
-        n = torch.arange(query.shape[2])
-        visible = n[:, None] >= n[None, :]
-        window = kwargs.get("sliding_window")
-        if window is not None:
-            visible = visible & (n[:, None] - n[None, :] < window)
-        is_local = "Gemma3" in type(module).__name__ and module.is_sliding
-        for index, tier in enumerate(config.tiers):
-            if not is_local:
-                listed = config.layers is None or layer in config.layers
-                used = tier if listed else None
-                rotated_q = _rotated(q, positions, width, used)
-                rotated_k = _rotated(k, positions, width, used)
-            else:
-                rotated_q, rotated_k = q, k  # the model's own rotation, done before
-            for head in range(len(q)):
-                logits = rotated_q[head] @ rotated_k[head // groups].T * kwargs["scaling"]
-                if kwargs.get("softcap") is not None:
-                    logits = torch.tanh(logits / kwargs["softcap"]) * kwargs["softcap"]
-                weights = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=-1)
-                rows = tier_of == index
-                output[rows, head] = (weights @ v[head // groups])[rows]
-        return output[None].to(query.dtype), None
-
-    AttentionInterface.register("reference", attention)
-    text, own = model.model, model.config._attn_implementation
-    rotary = text.rotary_emb
-    text.rotary_emb = _NoRotary(rotary)
-    model.config._attn_implementation = "reference"
-    try:
-        yield
-    finally:
-        text.rotary_emb = rotary
-        model.config._attn_implementation = own
-
-
 def reference_logits(model: Any, config: LongRopeConfig, ids: Tensor, tier: int | None) -> Tensor:
     """(n, vocab) logits of one unpadded sequence.
 
@@ -200,15 +110,11 @@ def reference_logits(model: Any, config: LongRopeConfig, ids: Tensor, tier: int 
         ids: (n,).
         tier: the tier of every token, or None for the causal rule, by position.
     """
-    positions = torch.arange(len(ids))
-    if tier is None:
-        lengths = [t.max_length for t in config.tiers]
-        tier_of = torch.tensor([next(i for i, m in enumerate(lengths) if p < m) for p in positions])
-    else:
-        tier_of = torch.full((len(ids),), tier)
-    with _reference_attention(model, config, positions, tier_of):
-        logits: Tensor = model(ids[None], use_cache=False).logits[0]
-    return logits
+    causal = replace(config, switch=SwitchPolicy.CAUSAL)
+    tier_at = None if tier is None else lambda position: tier
+    return reference.reference_logits(
+        model, causal, ids.tolist(), tier_at=tier_at, gradients=torch.is_grad_enabled()
+    )
 
 
 def tier_index(config: LongRopeConfig, length: int) -> int:

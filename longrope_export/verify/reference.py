@@ -97,6 +97,7 @@ def reference_logits(
     positions: Sequence[int] | None = None,
     length: int | None = None,
     tier_at: Callable[[int], int] | None = None,
+    gradients: bool = False,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
     """As Reference.logits, for a model in memory; (len(keep) or n, vocabulary) float32.
@@ -104,6 +105,7 @@ def reference_logits(
     Args:
         positions: (n,) rising; 0..n-1 if None.
         tier_at: the index of the tier of a position, instead of the config's rule.
+        gradients: keep what a backward pass needs.
     """
     import torch
 
@@ -113,7 +115,8 @@ def reference_logits(
     tiers = [tier_at(int(p)) if tier_at else _tier_of(config, int(p), final) for p in at]
     attention = _Attention(model, config, at, tiers, progress)
     wanted = torch.arange(n) if keep is None else torch.tensor(list(keep))
-    with torch.no_grad(), _without_rotation(model), attention.installed():
+    grad = torch.set_grad_enabled(gradients)
+    with grad, _without_rotation(model), attention.installed():
         result = model(
             torch.tensor([[int(token) for token in tokens]]),
             position_ids=at[None],
