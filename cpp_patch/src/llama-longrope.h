@@ -24,6 +24,7 @@ struct gguf_context;
 struct llama_context;
 struct llama_hparams;
 struct llama_memory_i;
+struct llama_model;
 
 class llama_kv_cache;
 
@@ -73,7 +74,7 @@ using llama_seq_bits = std::bitset<LLAMA_MAX_SEQ>;
 // part of a context
 class llama_longrope_state {
   public:
-    explicit llama_longrope_state(std::shared_ptr<const llama_longrope> model);
+    explicit llama_longrope_state(const llama_model & model);
 
     const std::shared_ptr<const llama_longrope> model;
 
@@ -93,6 +94,9 @@ class llama_longrope_state {
 
     // call with a whole batch before it is split: picks the tiers of rule `sequence`
     void begin_batch(const llama_batch_allocr & balloc);
+
+    // true if a sequence may end on another tier than it asks for, and there are so many tiers that it matters
+    bool is_sharing() const { return shares; }
 
     // the tier that a token asks for
     uint32_t tier_for(llama_seq_id seq_id, llama_pos pos) const;
@@ -126,6 +130,10 @@ class llama_longrope_state {
     std::array<uint32_t, LLAMA_MAX_SEQ> batch_tier = {};
     llama_seq_bits                      known;
 
+    // the first tier below this length is what llama.cpp computes for the file without our keys; 0: nowhere
+    uint32_t stock_length = 0;
+
+    bool shares        = false;
     bool warned_length = false;
 };
 
@@ -137,9 +145,13 @@ class llama_longrope_cut {
 
     bool accepts(int32_t n_seq_id, const llama_seq_id * seq_ids, llama_pos pos);
 
-  private:
     static constexpr size_t MAX_TIERS = 4;
 
+    // what a graph of MAX_TIERS tiers holds beyond one of none. Per layer: a rope of Q and of K for each, two
+    // attention factors, the scale of q. As inputs: positions and factors for each, and those three.
+    static constexpr uint32_t n_nodes(uint32_t n_layer) { return (2 * MAX_TIERS + 4) * (n_layer + 1); }
+
+  private:
     const llama_longrope_state *     state;
     std::map<llama_seq_id, uint32_t> tier_of_seq;
     std::set<uint32_t>               tiers;
