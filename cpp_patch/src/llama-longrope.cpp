@@ -253,7 +253,7 @@ llama_longrope_state::llama_longrope_state(const llama_model & model) :
     stock_length = stock ? first.length : 0;
 }
 
-void llama_longrope_state::attach(llama_memory_i * memory) {
+void llama_longrope_state::attach(llama_memory_i * memory, ggml_type type) {
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
         caches = { iswa->get_base(), iswa->get_swa() };
     } else if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
@@ -263,6 +263,20 @@ void llama_longrope_state::attach(llama_memory_i * memory) {
     }
     for (auto * kv : caches) {
         kv->longrope = this;
+    }
+    type_k = type;
+    warn_rounding();
+}
+
+void llama_longrope_state::warn_rounding() const {
+    constexpr size_t n_harmless = 10;  // cpp_patch/README.md has the figures; F16 stays good with any number
+
+    if (rule == LLAMA_LONGROPE_SWITCH_CAUSAL && model->tiers.size() > n_harmless && type_k != GGML_TYPE_F32 &&
+        type_k != GGML_TYPE_F16) {
+        LLAMA_LOG_WARN(
+            "%s: at each of %zu tiers the cached keys are rotated and rounded to %s again, which costs precision "
+            "with more than %zu tiers: use a cache of type f16 or f32, or fewer tiers\n",
+            __func__, model->tiers.size(), ggml_type_name(type_k), n_harmless);
     }
 }
 
@@ -492,6 +506,7 @@ bool llama_longrope_set_switch(llama_context * ctx, enum llama_longrope_switch r
         return false;
     }
     ctx->longrope->rule = rule == LLAMA_LONGROPE_SWITCH_FILE ? ctx->longrope->model->rule : rule;
+    ctx->longrope->warn_rounding();
     return true;
 }
 

@@ -80,8 +80,11 @@ class llama_longrope_state {
 
     enum llama_longrope_switch rule;
 
-    // the caches that hold rotated keys; set once, after the memory was created
-    void attach(llama_memory_i * memory);
+    // the caches that hold rotated keys, of this type; set once, after the memory was created
+    void attach(llama_memory_i * memory, ggml_type type);
+
+    // says so if the keys are rounded too often: at each border, to the type of the cache
+    void warn_rounding() const;
 
     // true if nothing is cached
     bool empty() const;
@@ -124,6 +127,7 @@ class llama_longrope_state {
     void drop(const llama_seq_bits & seqs);
 
     std::vector<llama_kv_cache *> caches;
+    ggml_type                     type_k = GGML_TYPE_F32;
 
     std::array<uint32_t, LLAMA_MAX_SEQ> standing   = {};  // index of the tier
     std::array<uint32_t, LLAMA_MAX_SEQ> declared   = {};  // tokens

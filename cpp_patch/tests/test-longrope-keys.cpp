@@ -216,6 +216,26 @@ static void test_context_options() {
         params.yarn_beta_slow   = 1.0f;
     });
     report("defaults of llama-cpp-python", python != nullptr, "must be taken");
+
+    // a cache whose type loses much when it is rounded often
+    for (const uint32_t n_tiers : { 10, 11 }) {
+        for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+            tiny::config many = c;
+            many.tiers.clear();
+            for (uint32_t t = 0; t < n_tiers; ++t) {
+                many.tiers.push_back({ 10 * (t + 1), 0, 1.0f, tiny::rising(1.0f + t) });
+            }
+            const auto           ladder = tiny::load(&many);
+            llama_context_params params = llama_context_default_params();
+            params.n_ctx                = 256;
+            params.type_k               = type;
+            log_text.clear();
+            const llama_context_ptr ctx(llama_init_from_model(ladder.get(), params));
+            const bool              warned = log_text.find("rounded") != std::string::npos;
+            const bool              lossy  = type == GGML_TYPE_BF16 || type == GGML_TYPE_Q8_0;
+            report(ggml_type_name(type), ctx && warned == (lossy && n_tiers > 10), "a warning about rounding");
+        }
+    }
     refused("rope_freq_base", [](llama_context_params & params) { params.rope_freq_base = 20000.0f; });
     refused("rope_freq_scale", [](llama_context_params & params) { params.rope_freq_scale = 0.5f; });
     refused("yarn", [](llama_context_params & params) { params.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_YARN; });
