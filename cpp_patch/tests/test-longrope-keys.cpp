@@ -171,7 +171,10 @@ static void test_keys() {
     }
     test(
         "another dimension_count in local layers",
-        [](gguf_context * ctx) { gguf_set_val_u32(ctx, "gemma3.rope.dimension_count_swa", 32); },
+        [](gguf_context * ctx) {
+            gguf_set_val_u32(ctx, "gemma3.block_count", 6);  // the last one is not local
+            gguf_set_val_u32(ctx, "gemma3.rope.dimension_count_swa", 32);
+        },
         "gemma3.rope.dimension_count", "gemma3");
     test(
         "layers without RoPE",

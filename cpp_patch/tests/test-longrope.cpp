@@ -1,5 +1,6 @@
 // The behaviour of contexts with longrope keys, through the public API, against the definition in
-// longrope-tiny.h. Without arguments all tests; with one, those whose name contains it.
+// longrope-tiny.h. Without arguments all tests; with one, those whose name contains it, and only then
+// `rounding`, which measures for half a minute.
 
 #include "longrope-tiny.h"
 
@@ -661,6 +662,37 @@ static void test_cache_types() {
     }
 }
 
+// what it costs to rotate and round the cached keys many times: 420 tokens on ladders of ever more tiers from the
+// same first factors to the same last ones
+static void test_rounding() {
+    constexpr int n      = 420;
+    const auto    tokens = prompt(n);
+    for (const int n_tiers : { 1, 3, 10, 30, 100, 210 }) {
+        config c;
+        for (int t = 0; t < n_tiers; ++t) {
+            const float x = n_tiers == 1 ? 1.0f : (float) t / (n_tiers - 1);
+            c.tiers.push_back(
+                { (uint32_t) (n * (t + 1) / n_tiers), 4, 1.0f + 0.2f * x, tiny::rising(1.0f + 7.0f * x) });
+        }
+        fixture    f(c);
+        const auto expected = decode(f.ref, tokens, causal(f.ref));
+        printf("  %3d tiers:", n_tiers);
+        for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            session    s(f.model.get(), { 512, 2, true, false, type });
+            const auto got = s.decode(tokens);
+            double     sum = 0.0;
+            for (int i = n * 3 / 4; i < n; ++i) {
+                for (size_t j = 0; j < tiny::N_VOCAB; ++j) {
+                    sum += std::pow(got.at(i)[j] - expected[i][j], 2) / (n / 4 * tiny::N_VOCAB);
+                }
+            }
+            printf(" %s %.2g", ggml_type_name(type), std::sqrt(sum));
+            check(type != GGML_TYPE_F32 || std::sqrt(sum) < LIMIT, "F32 stays exact");
+        }
+        printf("\n");
+    }
+}
+
 // below the first border the model is bit for bit the one without keys, whatever is allocated
 static void test_first_tier_is_stock() {
     fixture    f;
@@ -732,6 +764,7 @@ static void test_many_tiers_by_sharing() {
         }
         results[size == n] = s.decode(shorter, size);
     }
+    check(results[1].size() == n, "all sequences are decoded");
     close_to(results[1], results[0], "all in one batch");
 }
 
@@ -798,6 +831,7 @@ int main(int argc, char ** argv) {
         { "old_state",         test_old_state             },
         { "sequence_rule",     test_sequence_rule         },
         { "cache_types",       test_cache_types           },
+        { "rounding",          test_rounding              },
         { "first_tier",        test_first_tier_is_stock   },
         { "many_tiers",        test_many_tiers            },
         { "sharing_tiers",     test_many_tiers_by_sharing },
@@ -806,7 +840,7 @@ int main(int argc, char ** argv) {
     };
     int n_run = 0, n_bad = 0;
     for (const auto & [name, test] : tests) {
-        if (argc > 1 && !strstr(name, argv[1])) {
+        if (argc > 1 ? !strstr(name, argv[1]) : test == test_rounding) {
             continue;
         }
         const int64_t t0     = ggml_time_ms();
