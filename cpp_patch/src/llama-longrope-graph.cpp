@@ -132,20 +132,17 @@ bool llm_graph_input_longrope::can_reuse(const llm_graph_params & params) {
 ggml_tensor * llm_graph_input_longrope::rope(ggml_context * ctx,
                                              ggml_tensor *  cur,
                                              ggml_tensor *  pos,
-                                             ggml_tensor *  stock_factors,
                                              int            n_dims,
                                              int            mode,
                                              int            n_ctx_orig,
                                              float          freq_base,
                                              float          freq_scale,
-                                             float          ext_factor,
-                                             float          attn_factor,
                                              float          beta_fast,
                                              float          beta_slow) {
     const uint32_t il = n_calls++ / 2;
     if (il >= n_layer || !state.model->layers[il]) {
-        return ggml_rope_ext(ctx, cur, pos, stock_factors, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor,
-                             attn_factor, beta_fast, beta_slow);
+        return ggml_rope_ext(ctx, cur, pos, nullptr, n_dims, mode, n_ctx_orig, freq_base, freq_scale, 0.0f, 1.0f,
+                             beta_fast, beta_slow);
     }
     for (size_t k = 0; k < plan.sets.size(); ++k) {
         // a factor scales every token, so it goes on one rope of the chain
@@ -175,8 +172,7 @@ ggml_tensor * llm_graph_context::ggml_rope_ext(ggml_context * ctx,
                                                float          beta_fast,
                                                float          beta_slow) const {
     if (inp_longrope) {
-        return inp_longrope->rope(ctx, a, b, c, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor,
-                                  attn_factor, beta_fast, beta_slow);
+        return inp_longrope->rope(ctx, a, b, n_dims, mode, n_ctx_orig, freq_base, freq_scale, beta_fast, beta_slow);
     }
     return ::ggml_rope_ext(ctx, a, b, c, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor,
                            beta_fast, beta_slow);
@@ -285,7 +281,7 @@ bool llama_kv_cache::longrope_compute(llama_context & lctx, uint32_t strm, const
                     cur = rope(cur, pos[s], tensors[s], s == 0 ? work.magnitude : 1.0f);
                 }
             } else {
-                cur = rope(cur, shift, model.get_rope_factors(cparams, il), 1.0f);
+                cur = rope(cur, shift, nullptr, 1.0f);
             }
             if (rot) {
                 cur = llama_mul_mat_hadamard(ctx, cur, rot);
@@ -324,11 +320,10 @@ bool llama_kv_cache::longrope_compute(llama_context & lctx, uint32_t strm, const
         if (rot && rot->buffer) {
             set_input_k_rot(rot);
         }
-        if (lctx.graph_compute(gf, true) != GGML_STATUS_SUCCESS) {
+        if (lctx.graph_compute_whole(gf) != GGML_STATUS_SUCCESS) {
             LLAMA_LOG_ERROR("%s: failed to rotate cached keys\n", __func__);
             return false;
         }
-        ggml_backend_sched_synchronize(sched);
     }
     return true;
 }

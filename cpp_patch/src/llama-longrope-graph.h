@@ -32,18 +32,16 @@ class llm_graph_input_longrope : public llm_graph_input_i {
 
     bool can_reuse(const llm_graph_params & params) override;
 
-    // instead of ggml_rope_ext() for the Q and K of every layer, in this order
+    // instead of ggml_rope_ext() for the Q and K of every layer, in this order; the factors and the attention
+    // factor that the file has for llama.cpp without longrope are not used, not even for layers that are not rescaled
     ggml_tensor * rope(ggml_context * ctx,
                        ggml_tensor *  cur,
                        ggml_tensor *  pos,
-                       ggml_tensor *  factors,
                        int            n_dims,
                        int            mode,
                        int            n_ctx_orig,
                        float          freq_base,
                        float          freq_scale,
-                       float          ext_factor,
-                       float          attn_factor,
                        float          beta_fast,
                        float          beta_slow);
 

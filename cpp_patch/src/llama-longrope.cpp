@@ -155,7 +155,27 @@ std::shared_ptr<const llama_longrope> llama_longrope::load(const gguf_context * 
         keys.fail("tier_length", format("has %zu values, expected 1 to %zu", lengths.size(), LONGROPE_MAX_TIERS));
     }
 
-    const size_t n_pairs      = hparams.n_rot() / 2;
+    const uint32_t n_layer = hparams.n_layer();
+    if (n_layer == 0 || n_layer != hparams.n_layer_all) {
+        keys.fail("*", format("stand beside %s.nextn_predict_layers, which this build cannot honour together",
+                              llm_arch_name(arch)));
+    }
+    const uint32_t n_rot = hparams.n_rot(0);
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        if (!hparams.has_rope(il)) {
+            keys.fail("*",
+                      format("stand beside a key that switches RoPE off in layer %u: remove %s.rope.scaling.finetuned",
+                             il, llm_arch_name(arch)));
+        }
+        if (n_rot < 2 || n_rot % 2 != 0 || n_rot > hparams.n_embd_head_k(il) || hparams.n_rot(il) != n_rot ||
+            hparams.n_embd_head_k(il) != hparams.n_embd_head_k(0)) {
+            keys.fail("*", format("need an even %s.rope.dimension_count up to the head size %u, the same in all "
+                                  "layers, got %u in layer %u",
+                                  llm_arch_name(arch), hparams.n_embd_head_k(il), hparams.n_rot(il), il));
+        }
+    }
+
+    const size_t n_pairs      = n_rot / 2;
     const auto   starts       = keys.array<uint32_t>("tier_start_tokens", GGUF_TYPE_UINT32, lengths.size());
     const auto   attn_factors = keys.array<float>("tier_attn_factor", GGUF_TYPE_FLOAT32, lengths.size());
     const auto   factors      = keys.array<float>("tier_factors", GGUF_TYPE_FLOAT32, lengths.size() * n_pairs);
@@ -182,9 +202,8 @@ std::shared_ptr<const llama_longrope> llama_longrope::load(const gguf_context * 
         result->tiers.push_back(std::move(tier));
     }
 
-    const uint32_t n_layer = hparams.n_layer();
-    result->layers         = keys.mask("layers", n_layer, true);
-    result->log_exempt     = keys.mask("attn_log_exempt_layers", n_layer, false);
+    result->layers     = keys.mask("layers", n_layer, true);
+    result->log_exempt = keys.mask("attn_log_exempt_layers", n_layer, false);
     if (keys.has("attn_log_base")) {
         result->log_base = keys.u32("attn_log_base");
         if (result->log_base < 2) {
@@ -222,11 +241,19 @@ std::string llama_longrope::describe() const {
 // which tier each sequence stands on
 //
 
-llama_longrope_state::llama_longrope_state(std::shared_ptr<const llama_longrope> model) :
-    model(std::move(model)),
-    rule(this->model->rule) {}
+llama_longrope_state::llama_longrope_state(const llama_model & model) :
+    model(model.longrope),
+    rule(model.longrope->rule) {
+    const auto & first = model.longrope->tiers[0];
 
-void llama_longrope_state::attach(llama_memory_i * memory) {
+    bool stock = first.plain && first.attn_factor == 1.0f && model.hparams.rope_attn_factor == 1.0f;
+    for (const auto & layer : model.layers) {
+        stock = stock && !layer.rope_long && !layer.rope_short && !layer.rope_freqs;
+    }
+    stock_length = stock ? first.length : 0;
+}
+
+void llama_longrope_state::attach(llama_memory_i * memory, ggml_type type) {
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
         caches = { iswa->get_base(), iswa->get_swa() };
     } else if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
@@ -236,6 +263,20 @@ void llama_longrope_state::attach(llama_memory_i * memory) {
     }
     for (auto * kv : caches) {
         kv->longrope = this;
+    }
+    type_k = type;
+    warn_rounding();
+}
+
+void llama_longrope_state::warn_rounding() const {
+    constexpr size_t n_harmless = 10;  // cpp_patch/README.md has the figures; F16 stays good with any number
+
+    if (rule == LLAMA_LONGROPE_SWITCH_CAUSAL && model->tiers.size() > n_harmless && type_k != GGML_TYPE_F32 &&
+        type_k != GGML_TYPE_F16) {
+        LLAMA_LOG_WARN(
+            "%s: at each of %zu tiers the cached keys are rotated and rounded to %s again, which costs precision "
+            "with more than %zu tiers: use a cache of type f16 or f32, or fewer tiers\n",
+            __func__, model->tiers.size(), ggml_type_name(type_k), n_harmless);
     }
 }
 
@@ -269,13 +310,22 @@ bool llama_longrope_state::must_reprocess(llama_seq_id seq_id, uint32_t n_tokens
 }
 
 void llama_longrope_state::begin_batch(const llama_batch_allocr & balloc) {
+    // sequences can share cells only if they lie in one stream
+    const auto * kv = !caches.empty() && caches[0]->get_n_stream() == 1 ? caches[0] : nullptr;
+
+    const llama_batch & batch = balloc.get_batch();
+    shares = std::any_of(batch.n_seq_id, batch.n_seq_id + batch.n_tokens, [](int32_t n) { return n > 1; });
+
+    size_t n_used = 0;
     for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-        const llama_pos last = balloc.seq_pos_max(s);
+        const llama_pos last   = balloc.seq_pos_max(s);
+        const llama_pos cached = kv ? kv->seq_pos_max(s) : -1;
+
+        n_used += kv ? kv->get_cells(s).seq_pos_get(s).size() : 0;
+        batch_tier[s] = model->tier_for_length(std::max<uint32_t>(std::max(last, cached) + 1, declared[s]));
         if (last < 0) {
             continue;
         }
-        batch_tier[s] = model->tier_for_length(std::max<uint32_t>(last + 1, declared[s]));
-
         if (last >= (llama_pos) model->max_length() && !warned_length) {
             warned_length = true;
             LLAMA_LOG_WARN("%s: sequence %d grows beyond the last tier (%u tokens), which goes on to be used\n",
@@ -288,6 +338,8 @@ void llama_longrope_state::begin_batch(const llama_batch_allocr & balloc) {
                 __func__, s);
         }
     }
+    shares =
+        (shares || (kv && n_used > kv->get_cells(0).get_used())) && model->tiers.size() > llama_longrope_cut::MAX_TIERS;
 }
 
 uint32_t llama_longrope_state::tier_for(llama_seq_id seq_id, llama_pos pos) const {
@@ -308,8 +360,7 @@ bool llama_longrope_state::read_tier(uint32_t & n_seq_id, llama_pos pos, uint32_
     n_seq_id &= 0xFFFF;
     tier = saved == 0 ? 0 : saved - 1;
 
-    const auto & first = model->tiers[0];
-    if (saved == 0 && (!first.plain || first.attn_factor != 1.0f || pos >= (llama_pos) first.length)) {
+    if (saved == 0 && pos >= (llama_pos) stock_length) {
         LLAMA_LOG_ERROR("%s: the state was saved without longrope, under another rotation: process the prompt again\n",
                         __func__);
         return false;
@@ -425,8 +476,12 @@ bool llama_longrope_cut::accepts(int32_t n_seq_id, const llama_seq_id * seq_ids,
     for (int32_t i = 0; i < n_seq_id; ++i) {
         const uint32_t tier = state->tier_for(seq_ids[i], pos);
 
+        // sequences that share cells move to tiers that are not known yet, each may need one of its own
+        const bool full =
+            state->is_sharing() ? tier_of_seq.size() >= MAX_TIERS : tiers.size() >= MAX_TIERS && tiers.count(tier) == 0;
+
         const auto it = tier_of_seq.find(seq_ids[i]);
-        if (it != tier_of_seq.end() ? it->second != tier : tiers.size() >= MAX_TIERS && tiers.count(tier) == 0) {
+        if (it != tier_of_seq.end() ? it->second != tier : full) {
             return false;
         }
     }
@@ -451,13 +506,16 @@ bool llama_longrope_set_switch(llama_context * ctx, enum llama_longrope_switch r
         return false;
     }
     ctx->longrope->rule = rule == LLAMA_LONGROPE_SWITCH_FILE ? ctx->longrope->model->rule : rule;
+    ctx->longrope->warn_rounding();
     return true;
 }
 
-void llama_longrope_set_length(llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens) {
-    if (ctx->longrope) {
-        ctx->longrope->set_length(seq_id, n_tokens);
+bool llama_longrope_set_length(llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens) {
+    if (!ctx->longrope) {
+        return false;
     }
+    ctx->longrope->set_length(seq_id, n_tokens);
+    return ctx->longrope->rule == LLAMA_LONGROPE_SWITCH_SEQUENCE;
 }
 
 bool llama_longrope_must_reprocess(const llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens) {

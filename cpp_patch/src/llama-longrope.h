@@ -24,6 +24,7 @@ struct gguf_context;
 struct llama_context;
 struct llama_hparams;
 struct llama_memory_i;
+struct llama_model;
 
 class llama_kv_cache;
 
@@ -73,14 +74,17 @@ using llama_seq_bits = std::bitset<LLAMA_MAX_SEQ>;
 // part of a context
 class llama_longrope_state {
   public:
-    explicit llama_longrope_state(std::shared_ptr<const llama_longrope> model);
+    explicit llama_longrope_state(const llama_model & model);
 
     const std::shared_ptr<const llama_longrope> model;
 
     enum llama_longrope_switch rule;
 
-    // the caches that hold rotated keys; set once, after the memory was created
-    void attach(llama_memory_i * memory);
+    // the caches that hold rotated keys, of this type; set once, after the memory was created
+    void attach(llama_memory_i * memory, ggml_type type);
+
+    // says so if the keys are rounded too often: at each border, to the type of the cache
+    void warn_rounding() const;
 
     // true if nothing is cached
     bool empty() const;
@@ -93,6 +97,9 @@ class llama_longrope_state {
 
     // call with a whole batch before it is split: picks the tiers of rule `sequence`
     void begin_batch(const llama_batch_allocr & balloc);
+
+    // true if a sequence may end on another tier than it asks for, and there are so many tiers that it matters
+    bool is_sharing() const { return shares; }
 
     // the tier that a token asks for
     uint32_t tier_for(llama_seq_id seq_id, llama_pos pos) const;
@@ -120,12 +127,17 @@ class llama_longrope_state {
     void drop(const llama_seq_bits & seqs);
 
     std::vector<llama_kv_cache *> caches;
+    ggml_type                     type_k = GGML_TYPE_F32;
 
     std::array<uint32_t, LLAMA_MAX_SEQ> standing   = {};  // index of the tier
     std::array<uint32_t, LLAMA_MAX_SEQ> declared   = {};  // tokens
     std::array<uint32_t, LLAMA_MAX_SEQ> batch_tier = {};
     llama_seq_bits                      known;
 
+    // the first tier below this length is what llama.cpp computes for the file without our keys; 0: nowhere
+    uint32_t stock_length = 0;
+
+    bool shares        = false;
     bool warned_length = false;
 };
 
@@ -137,9 +149,13 @@ class llama_longrope_cut {
 
     bool accepts(int32_t n_seq_id, const llama_seq_id * seq_ids, llama_pos pos);
 
-  private:
     static constexpr size_t MAX_TIERS = 4;
 
+    // what a graph of MAX_TIERS tiers holds beyond one of none. Per layer: a rope of Q and of K for each, two
+    // attention factors, the scale of q. As inputs: positions and factors for each, and those three.
+    static constexpr uint32_t n_nodes(uint32_t n_layer) { return (2 * MAX_TIERS + 4) * (n_layer + 1); }
+
+  private:
     const llama_longrope_state *     state;
     std::map<llama_seq_id, uint32_t> tier_of_seq;
     std::set<uint32_t>               tiers;

@@ -35,6 +35,7 @@ struct config {
     std::vector<uint32_t> layers;  // rescaled ones; empty: all
     uint32_t              log_base = 0;
     std::vector<uint32_t> log_exempt;
+    bool                  stock_fields = false;  // also what the exporter writes for a llama.cpp without longrope
 };
 
 // factors that rise from 1 to last
@@ -105,6 +106,11 @@ inline gguf_context_ptr metadata(const config * c, const std::string & arch = "l
     array("tier_start_tokens", GGUF_TYPE_UINT32, starts);
     array("tier_attn_factor", GGUF_TYPE_FLOAT32, attn_factors);
     array("tier_factors", GGUF_TYPE_FLOAT32, factors);
+    if (c->stock_fields) {  // above 16 tokens of context: factors of 3, from fill_tensor()
+        gguf_set_val_str(ctx.get(), key("rope.scaling.type").c_str(), "longrope");
+        gguf_set_val_f32(ctx.get(), key("rope.scaling.attn_factor").c_str(), 1.3f);
+        u32("rope.scaling.original_context_length", 16);
+    }
     if (!c->layers.empty()) {
         array("layers", GGUF_TYPE_UINT32, c->layers);
     }
@@ -130,12 +136,13 @@ inline void fill_tensor(ggml_tensor * tensor, void * userdata) {
     const float        gain = has("attn_q") || has("attn_k") ? 1.5f : 1.0f;
     std::vector<float> data(ggml_nelements(tensor));
     for (float & x : data) {
-        x = has(".bias")      ? 0.0f :
-            has("scale")      ? 1.0f :
-            has("rope_")      ? 1.0f :
-            has("norm")       ? 1.0f + 0.1f * normal(rng) :
-            has("token_embd") ? normal(rng) :
-                                gain * normal(rng) / std::sqrt((float) tensor->ne[0]);
+        x = has(".bias")        ? 0.0f :
+            has("scale")        ? 1.0f :
+            has("rope_freqs")   ? 1.0f :
+            has("rope_factors") ? 3.0f :
+            has("norm")         ? 1.0f + 0.1f * normal(rng) :
+            has("token_embd")   ? normal(rng) :
+                                  gain * normal(rng) / std::sqrt((float) tensor->ne[0]);
     }
     ggml_backend_tensor_set(tensor, data.data(), 0, ggml_nbytes(tensor));
     if (userdata) {

@@ -162,6 +162,31 @@ static void test_keys() {
         },
         key("version") + " is missing");
 
+    // geometry that no factors fit
+    for (const uint32_t n_rot : { 0u, 1u, 63u, 66u, 0xFFFFFFFEu }) {
+        for (const char * arch : { "qwen2", "phi3", "granite" }) {
+            const std::string name = std::string(arch) + ".rope.dimension_count";
+            test(name, [&](gguf_context * ctx) { gguf_set_val_u32(ctx, name.c_str(), n_rot); }, name, arch);
+        }
+    }
+    test(
+        "another dimension_count in local layers",
+        [](gguf_context * ctx) {
+            gguf_set_val_u32(ctx, "gemma3.block_count", 6);  // the last one is not local
+            gguf_set_val_u32(ctx, "gemma3.rope.dimension_count_swa", 32);
+        },
+        "gemma3.rope.dimension_count", "gemma3");
+    test(
+        "layers without RoPE",
+        [](gguf_context * ctx) { gguf_set_val_bool(ctx, "granite.rope.scaling.finetuned", false); },
+        "granite.rope.scaling.finetuned", "granite");
+    for (const uint32_t n : { 1, 2 }) {
+        test(
+            "layers that predict further tokens",
+            [&](gguf_context * ctx) { gguf_set_val_u32(ctx, "llama.nextn_predict_layers", n); },
+            "llama.nextn_predict_layers");
+    }
+
     // architectures
     const tiny::config c = tiny::ladder();
     for (const char * arch : { "llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "granite", "minicpm" }) {
@@ -178,14 +203,42 @@ static void test_context_options() {
     const tiny::config c     = tiny::ladder();
     const auto         model = tiny::load(&c);
 
-    const auto refused = [&](const char * what, void (*set)(llama_context_params & params)) {
+    const auto make = [&](void (*set)(llama_context_params & params)) {
         llama_context_params params = llama_context_default_params();
         params.n_ctx                = 256;
         set(params);
         log_text.clear();
-        const llama_context_ptr ctx(llama_init_from_model(model.get(), params));
-        report(what, !ctx && log_text.find("longrope") != std::string::npos, "must be refused, naming longrope");
+        return llama_context_ptr(llama_init_from_model(model.get(), params));
     };
+    const auto refused = [&](const char * what, void (*set)(llama_context_params & params)) {
+        report(what, !make(set) && log_text.find("longrope") != std::string::npos, "must be refused, naming longrope");
+    };
+    const auto python = make([](llama_context_params & params) {
+        params.yarn_attn_factor = 1.0f;
+        params.yarn_beta_fast   = 32.0f;
+        params.yarn_beta_slow   = 1.0f;
+    });
+    report("defaults of llama-cpp-python", python != nullptr, "must be taken");
+
+    // a cache whose type loses much when it is rounded often
+    for (const uint32_t n_tiers : { 10, 11 }) {
+        for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+            tiny::config many = c;
+            many.tiers.clear();
+            for (uint32_t t = 0; t < n_tiers; ++t) {
+                many.tiers.push_back({ 10 * (t + 1), 0, 1.0f, tiny::rising(1.0f + t) });
+            }
+            const auto           ladder = tiny::load(&many);
+            llama_context_params params = llama_context_default_params();
+            params.n_ctx                = 256;
+            params.type_k               = type;
+            log_text.clear();
+            const llama_context_ptr ctx(llama_init_from_model(ladder.get(), params));
+            const bool              warned = log_text.find("rounded") != std::string::npos;
+            const bool              lossy  = type == GGML_TYPE_BF16 || type == GGML_TYPE_Q8_0;
+            report(ggml_type_name(type), ctx && warned == (lossy && n_tiers > 10), "a warning about rounding");
+        }
+    }
     refused("rope_freq_base", [](llama_context_params & params) { params.rope_freq_base = 20000.0f; });
     refused("rope_freq_scale", [](llama_context_params & params) { params.rope_freq_scale = 0.5f; });
     refused("yarn", [](llama_context_params & params) { params.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_YARN; });

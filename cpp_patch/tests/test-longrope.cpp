@@ -1,8 +1,10 @@
 // The behaviour of contexts with longrope keys, through the public API, against the definition in
-// longrope-tiny.h. Without arguments all tests; with one, those whose name contains it.
+// longrope-tiny.h. Without arguments all tests; with one, those whose name contains it, and only then
+// `rounding`, which measures for half a minute.
 
 #include "longrope-tiny.h"
 
+#include <climits>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -187,6 +189,7 @@ struct fixture {
 static void test_chunking() {
     config half       = tiny::ladder();
     half.layers       = { 1 };
+    half.stock_fields = true;
     config scaled     = tiny::ladder();
     scaled.log_base   = 8;
     config exempt     = scaled;
@@ -436,8 +439,8 @@ static void test_random_operations() {
 }
 
 // a context shift with a second one on top of it, across a border and the start window
-static void test_shift() {
-    fixture    f;
+static void test_shift(const config & c) {
+    fixture    f(c);
     session    s(f.model.get(), {});
     const auto tokens = prompt(30);
     s.decode(tokens);
@@ -461,11 +464,65 @@ static void test_shift() {
     close_to(s.decode(rest, 4), decode(f.ref, rest, causal(f.ref)), "after two shifts");
 }
 
+static void test_shifts() {
+    config half       = tiny::ladder();
+    half.layers       = { 1 };
+    half.stock_fields = true;
+    for (const auto & c : { tiny::ladder(), half }) {
+        test_shift(c);
+    }
+}
+
+// an abort callback stops a batch, but leaves no key half rotated or shifted twice
+static void test_abort() {
+    fixture    f;
+    const auto tokens   = prompt(30);
+    const auto expected = decode(f.ref, tokens, causal(f.ref));
+    for (const bool shift : { false, true }) {
+        for (const int n_nodes : { 0, 8 }) {
+            int        left = INT_MAX;
+            reference  ref(f.c, f.w);
+            session    s(f.model.get(), {});
+            const auto abort_at = [](void * data) {
+                return --*static_cast<int *>(data) < 0;
+            };
+            llama_set_abort_callback(s.ctx.get(), abort_at, &left);
+            s.decode(slice(tokens, 0, 12));
+            decode(ref, slice(tokens, 0, 12), causal(ref));
+            int n = 12;
+            if (shift) {
+                n -= 3;
+                llama_memory_seq_rm(s.memory(), 0, 2, 5);
+                llama_memory_seq_add(s.memory(), 0, 5, 12, -3);
+                auto & cells = ref.seqs[0];
+                cells.erase(cells.begin() + 2, cells.begin() + 5);
+                for (int p = 2; p < n; ++p) {
+                    cells[p]->pos = p;
+                }
+            }
+            std::vector<token> rest;
+            for (int p = n; p < 30; ++p) {
+                rest.push_back({ tokens[p].id, p, { 0 } });
+            }
+            left = n_nodes;
+            check(s.decode(rest).empty(), "aborted");
+            left = INT_MAX;
+            check(llama_memory_seq_pos_max(s.memory(), 0) == n - 1, "what was cached before is still there");
+            close_to(s.decode(rest), decode(ref, rest, causal(ref)), "after an abort");
+        }
+    }
+}
+
 // states without tiers: from a model without keys
 static void test_old_state() {
-    fixture    f;
-    const auto stock  = tiny::load(nullptr);
+    // of an architecture whose files have no other factors
+    const config c     = tiny::ladder();
+    const auto   model = tiny::load(&c, nullptr, "qwen2");
+    const auto   stock = tiny::load(nullptr, nullptr, "qwen2");
+
     const auto tokens = prompt(30);
+    session    whole(model.get(), {});
+    const auto expected = whole.decode(tokens);
     for (const llama_seq_id seq : { -1, 0 }) {
         session old(stock.get(), {});
         old.decode(slice(tokens, 0, 10));
@@ -473,29 +530,39 @@ static void test_old_state() {
         old.decode(slice(tokens, 10, 14));
         const auto large = old.save(seq);
 
-        session   s(f.model.get(), {});
-        reference ref(f.c, f.w);
-        decode(ref, slice(tokens, 0, 10), causal(ref));
+        session s(model.get(), {});
         check(s.restore(small, seq), "a state within the first tier is read");
-        close_to(s.decode(slice(tokens, 10, 30)), decode(ref, slice(tokens, 10, 30), causal(ref)), "goes on");
+        close_to(s.decode(slice(tokens, 10, 30)), std::vector(expected.begin() + 10, expected.end()), "goes on");
         check(!s.restore(large, seq), "a state beyond the first tier is refused");
         check(llama_memory_seq_pos_max(s.memory(), 0) < 0, "nothing of it is left");
 
-        session extended(f.model.get(), {});
+        session extended(model.get(), {});
         extended.decode(tokens);
         check(!old.restore(extended.save(seq), seq), "a model without keys refuses a state with tiers");
 
         config one = tiny::ladder();
         one.tiers.resize(2);
-        const auto fewer = tiny::load(&one);
+        const auto fewer = tiny::load(&one, nullptr, "qwen2");
         session    small_ladder(fewer.get(), {});
         check(!small_ladder.restore(extended.save(seq), seq), "a tier that the model does not have is refused");
 
         config rescaled = tiny::ladder();
         rescaled.tiers.erase(rescaled.tiers.begin());
-        const auto no_plain = tiny::load(&rescaled);
+        const auto no_plain = tiny::load(&rescaled, nullptr, "qwen2");
         session    changed(no_plain.get(), {});
         check(!changed.restore(small, seq), "a state without tiers is refused where the first tier is rescaled");
+    }
+
+    // files that llama.cpp without longrope rotates by factors of their own
+    config fields       = tiny::ladder();
+    fields.stock_fields = true;
+    for (const auto & with : { tiny::ladder(), fields }) {
+        const auto llama       = tiny::load(&with);  // rope_freqs, rope_factors_long
+        const auto llama_stock = tiny::load(nullptr);
+        session    old(llama_stock.get(), {});
+        old.decode(slice(tokens, 0, 10));
+        session s(llama.get(), {});
+        check(!s.restore(old.save()), "a state without tiers is refused beside other factors");
     }
 }
 
@@ -524,7 +591,7 @@ static void test_sequence_rule() {
             close_to(s.decode(slice(tokens, 0, n)), fresh(n, t), "one batch of " + std::to_string(n));
         }
         session declared(f.model.get(), { (uint32_t) n_ubatch });
-        llama_longrope_set_length(declared.ctx.get(), 0, 20);
+        check(llama_longrope_set_length(declared.ctx.get(), 0, 20), "declare a length");
         check(!llama_longrope_must_reprocess(declared.ctx.get(), 0, 20), "an empty sequence needs nothing");
         close_to(declared.decode(slice(tokens, 0, 20), 3), fresh(20, 1), "declared, in batches of 3");
         check(!llama_longrope_must_reprocess(declared.ctx.get(), 0, 24), "24 tokens are on this tier");
@@ -532,6 +599,20 @@ static void test_sequence_rule() {
         llama_longrope_set_length(declared.ctx.get(), -1, 0);
         check(llama_longrope_must_reprocess(declared.ctx.get(), 0, 8), "the declaration was taken back");
     }
+    // of sequences that share cells, one that is not in the batch decides
+    reference pair(f.c, f.w);
+    session   two(f.model.get(), { 512, 2, true });
+    close_to(two.decode(slice(tokens, 0, 16)), decode(pair, slice(tokens, 0, 16), at(1)), "16 tokens");
+    llama_memory_seq_cp(two.memory(), 0, 1, -1, -1);
+    llama_memory_seq_rm(two.memory(), 0, 8, -1);
+    pair.seqs[1] = pair.seqs[0];
+    pair.seqs[0].resize(8);
+    close_to(two.decode({ tokens[8] }), decode(pair, { tokens[8] }, at(1)), "the copy keeps its tier");
+    llama_memory_seq_rm(two.memory(), 1, 8, -1);
+    pair.seqs[1].resize(8);
+    llama_longrope_set_length(two.ctx.get(), 1, 30);
+    close_to(two.decode({ tokens[9] }), decode(pair, { tokens[9] }, at(2)), "the copy will be longer");
+
     // removed and decoded again: a fresh run
     session s(f.model.get(), {});
     s.decode(slice(tokens, 0, 10));
@@ -552,6 +633,7 @@ static void test_sequence_rule() {
     reference other(f.c, f.w);
     close_to(kept.decode(tokens), decode(other, tokens, causal(other)), "causal now");
     check(!llama_longrope_must_reprocess(kept.ctx.get(), 0, 48), "never under causal");
+    check(!llama_longrope_set_length(kept.ctx.get(), 0, 0), "a length means nothing under causal");
     llama_memory_clear(kept.memory(), true);
     check(llama_longrope_set_switch(kept.ctx.get(), LLAMA_LONGROPE_SWITCH_FILE), "back to the file's rule");
     close_to(kept.decode(slice(tokens, 0, 13)), fresh(13, 1), "sequence again");
@@ -580,6 +662,37 @@ static void test_cache_types() {
     }
 }
 
+// what it costs to rotate and round the cached keys many times: 420 tokens on ladders of ever more tiers from the
+// same first factors to the same last ones
+static void test_rounding() {
+    constexpr int n      = 420;
+    const auto    tokens = prompt(n);
+    for (const int n_tiers : { 1, 3, 10, 30, 100, 210 }) {
+        config c;
+        for (int t = 0; t < n_tiers; ++t) {
+            const float x = n_tiers == 1 ? 1.0f : (float) t / (n_tiers - 1);
+            c.tiers.push_back(
+                { (uint32_t) (n * (t + 1) / n_tiers), 4, 1.0f + 0.2f * x, tiny::rising(1.0f + 7.0f * x) });
+        }
+        fixture    f(c);
+        const auto expected = decode(f.ref, tokens, causal(f.ref));
+        printf("  %3d tiers:", n_tiers);
+        for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            session    s(f.model.get(), { 512, 2, true, false, type });
+            const auto got = s.decode(tokens);
+            double     sum = 0.0;
+            for (int i = n * 3 / 4; i < n; ++i) {
+                for (size_t j = 0; j < tiny::N_VOCAB; ++j) {
+                    sum += std::pow(got.at(i)[j] - expected[i][j], 2) / (n / 4 * tiny::N_VOCAB);
+                }
+            }
+            printf(" %s %.2g", ggml_type_name(type), std::sqrt(sum));
+            check(type != GGML_TYPE_F32 || std::sqrt(sum) < LIMIT, "F32 stays exact");
+        }
+        printf("\n");
+    }
+}
+
 // below the first border the model is bit for bit the one without keys, whatever is allocated
 static void test_first_tier_is_stock() {
     fixture    f;
@@ -598,6 +711,7 @@ static void test_first_tier_is_stock() {
     check(llama_model_longrope_n_tiers(stock.get()) == 0, "no tiers without keys");
     check(llama_model_longrope_n_tiers(f.model.get()) == 3, "three tiers");
     check(!llama_longrope_set_switch(s.ctx.get(), LLAMA_LONGROPE_SWITCH_CAUSAL), "no rule without keys");
+    check(!llama_longrope_set_length(s.ctx.get(), 0, 20), "no length without keys");
     check(!llama_longrope_must_reprocess(s.ctx.get(), 0, 1000), "nothing to process again without keys");
 }
 
@@ -618,6 +732,53 @@ static void test_many_tiers() {
         }
         close_to(s.decode(batch), decode(f.ref, batch, causal(f.ref)), "200 tiers in one ubatch");
     }
+}
+
+// sequences that ask for one tier, and share cells with others of 100 tiers: more than a graph has nodes for
+static void test_many_tiers_by_sharing() {
+    constexpr int n = 100;
+    config        c = tiny::ladder();
+    c.rule          = "sequence";
+    c.tiers.clear();
+    for (uint32_t t = 0; t < n; ++t) {
+        c.tiers.push_back({ t + 2, 0, 1.0f, tiny::rising(1.0f + 0.1f * t) });
+    }
+    const auto ctx = tiny::metadata(&c);
+    gguf_set_val_u32(ctx.get(), "llama.block_count", 5);
+    const auto model = tiny::load_metadata(ctx.get());
+
+    std::vector<token> longer, shorter;
+    for (int i = 0; i < n; ++i) {
+        longer.push_back({ i % 90, 0, { 2 * i } });
+        shorter.push_back({ i % 80, 1, { 2 * i + 1 } });
+    }
+    std::vector<std::vector<float>> results[2];
+    for (const int size : { 1, n }) {
+        session s(model.get(), { 512, 2 * n, true });
+        for (int i = 0; i < n; ++i) {
+            llama_longrope_set_length(s.ctx.get(), 2 * i, i + 2);
+        }
+        s.decode(longer);
+        for (int i = 0; i < n; ++i) {
+            llama_memory_seq_cp(s.memory(), 2 * i, 2 * i + 1, -1, -1);
+        }
+        results[size == n] = s.decode(shorter, size);
+    }
+    check(results[1].size() == n, "all sequences are decoded");
+    close_to(results[1], results[0], "all in one batch");
+}
+
+// training builds its graphs beside all of this
+static void test_training() {
+    fixture f;
+    session s(f.model.get(), {});
+    bool    refused = false;
+    try {
+        llama_opt_init(s.ctx.get(), f.model.get(), {});
+    } catch (const std::exception & error) {
+        refused = strstr(error.what(), "longrope") != nullptr;
+    }
+    check(refused, "training is refused");
 }
 
 // all other architectures that are allowed agree with themselves when a prompt is cut to pieces
@@ -661,21 +822,25 @@ int main(int argc, char ** argv) {
     llama_backend_init();
 
     const std::vector<std::pair<const char *, void (*)()>> tests = {
-        { "chunking",          test_chunking            },
-        { "sequences",         test_sequences           },
-        { "shared_cells",      test_shared_cells        },
-        { "shift",             test_shift               },
-        { "random_operations", test_random_operations   },
-        { "old_state",         test_old_state           },
-        { "sequence_rule",     test_sequence_rule       },
-        { "cache_types",       test_cache_types         },
-        { "first_tier",        test_first_tier_is_stock },
-        { "many_tiers",        test_many_tiers          },
-        { "architectures",     test_architectures       },
+        { "chunking",          test_chunking              },
+        { "sequences",         test_sequences             },
+        { "shared_cells",      test_shared_cells          },
+        { "shift",             test_shifts                },
+        { "abort",             test_abort                 },
+        { "random_operations", test_random_operations     },
+        { "old_state",         test_old_state             },
+        { "sequence_rule",     test_sequence_rule         },
+        { "cache_types",       test_cache_types           },
+        { "rounding",          test_rounding              },
+        { "first_tier",        test_first_tier_is_stock   },
+        { "many_tiers",        test_many_tiers            },
+        { "sharing_tiers",     test_many_tiers_by_sharing },
+        { "training",          test_training              },
+        { "architectures",     test_architectures         },
     };
     int n_run = 0, n_bad = 0;
     for (const auto & [name, test] : tests) {
-        if (argc > 1 && !strstr(name, argv[1])) {
+        if (argc > 1 ? !strstr(name, argv[1]) : test == test_rounding) {
             continue;
         }
         const int64_t t0     = ggml_time_ms();

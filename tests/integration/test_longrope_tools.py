@@ -169,6 +169,35 @@ def test_a_prompt_of_several_batches_and_its_session(
     assert len(prompt) > BORDERS[0]
 
 
+def test_options_that_do_nothing_are_named(
+    programs: Path, gguf: Path, reference: Reference, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain.gguf"
+    folder = load_model(gguf.parent / "m")
+    GgufConverter(GgufOptions(outtype="f32", pre="gpt-2")).convert(
+        folder, None, plain, lambda _: None
+    )
+    length, causal = ("--longrope-length", "100"), ("--longrope-switch", "causal")
+    for model, options, expected in (
+        (plain, length, ["--longrope-length is ignored"]),
+        (plain, causal, ["--longrope-switch is ignored"]),
+        (gguf, (*causal, *length), ["--longrope-length is ignored"]),
+        (gguf, length, []),
+        (gguf, causal, []),
+    ):
+        command = [str(programs / "llama-completion"), "-m", str(model), "-c", "256", "-no-cnv"]
+        command += ["-p", "x", "-n", "1", *EXACT, *options]
+        run = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+        )
+        said = [line for line in run.stderr.splitlines() if "is ignored" in line]
+        assert len(said) == len(expected), run.stderr
+        assert all(words in line for words, line in zip(expected, said, strict=True))
+    negative = [str(programs / "llama-completion"), "-m", str(gguf), "--longrope-length", "-1"]
+    run = subprocess.run(negative, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert run.returncode != 0 and "must not be negative" in run.stderr
+
+
 #
 # llama-server
 #

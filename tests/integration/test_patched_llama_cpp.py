@@ -73,11 +73,7 @@ class Toy:
         if family.startswith("gemma"):
             quieten_mlp(self.folder)
         if family == "phi3":
-            add_sentencepiece(self.folder)
-            path = self.folder / "tokenizer_config.json"
-            values = json.loads(path.read_text())
-            values["added_tokens_decoder"]["302"] = {"content": "<|endoftext|>", "special": True}
-            path.write_text(json.dumps(values))
+            add_phi3_tokenizer(self.folder)
         elif family.startswith("gemma"):
             add_sentencepiece(self.folder)
         else:
@@ -118,6 +114,14 @@ class Toy:
 
     def reference(self, config: LongRopeConfig, tokens: list[int], **how: Any) -> Logits:
         return reference_logits(self.model, config, tokens, **how).numpy()
+
+
+def add_phi3_tokenizer(folder: Path) -> None:
+    add_sentencepiece(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    values["added_tokens_decoder"]["302"] = {"content": "<|endoftext|>", "special": True}
+    path.write_text(json.dumps(values))
 
 
 def quieten_mlp(folder: Path) -> None:
@@ -218,6 +222,17 @@ def test_logits_equal_the_reference(
         assert_close(got.reshape(LENGTH, -1), wanted)
 
 
+def test_layers_that_are_not_rescaled_take_no_stock_factors(
+    driver: Driver, toys: dict[str, Toy]
+) -> None:
+    """The file holds factors and an attention factor for a stock llama.cpp, which has one set for all."""
+    toy = toys["llama"]
+    config = toy.config("causal", layers=(1,))
+    wanted = toy.reference(config, TOKENS)
+    got, _ = driver.run(toy.gguf(config, "one-layer"), [CONTEXT.format(50, ""), *in_chunks(LENGTH)])
+    assert_close(got.reshape(LENGTH, -1), wanted)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_our_keys_nothing_changes(
     driver: Driver, toys: dict[str, Toy], family: str
@@ -293,6 +308,32 @@ def test_two_hundred_tiers(driver: Driver, toys: dict[str, Toy]) -> None:
     for chunk in (LENGTH, 1):
         got, _ = driver.run(path, [CONTEXT.format(512, ""), *in_chunks(chunk)])
         assert_close(got.reshape(LENGTH, -1), wanted)
+
+
+def test_a_deep_graph_has_room_for_all_tiers(driver: Driver, tmp_path: Path) -> None:
+    """phi3 has the fewest tensors a layer, which upstream's limit of nodes comes from."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 24}
+    make_model(tmp_path / "m", "phi3", dtype="float32", **sizes)
+    add_phi3_tokenizer(tmp_path / "m")
+    native = load_model(tmp_path / "m").native
+    tiers = tuple(
+        FactorTier(
+            16 * n, tuple(np.linspace(1.0, 1.0 + n, native.num_pairs).tolist()), 4, 1 + n / 50
+        )
+        for n in range(1, 5)
+    )
+    config = LongRopeConfig(
+        native.rope_theta, native.rotary_dim, 16, 64, tiers, logit_scaling=LogitScaling(2, (1,))
+    )
+    convert(tmp_path / "m", config, tmp_path / "m.gguf")
+    context = "ctx n_ctx=1280 n_batch=512 n_ubatch=512 n_seq_max=5 type_k=q8_0"
+    lengths = (2, 10, 26, 42, 58)  # start tokens only, then one for each tier
+    prompts = [add(s, 0, TOKENS[:n]) + "\ndecode" for s, n in enumerate(lengths)]
+    last = [add(s, n, TOKENS[n : n + 1]) for s, n in enumerate(lengths)]
+    together, _ = driver.run(tmp_path / "m.gguf", [context, *prompts, *last, "decode"])
+    one_by_one = [line + "\ndecode" for line in last]
+    apart, _ = driver.run(tmp_path / "m.gguf", [context, *prompts, *one_by_one])
+    assert together.size and np.abs(together - apart).max() < LIMIT
 
 
 def test_sequence_rule_rotates_or_computes_again(driver: Driver, toys: dict[str, Toy]) -> None:
