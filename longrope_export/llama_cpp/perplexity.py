@@ -10,8 +10,8 @@ from pathlib import Path
 
 from longrope_export.errors import ToolError
 
-# llama.cpp logs from a thread of its own and does not wait for it at exit, so that now and then
-# (often, for runs of milliseconds) the result is computed and never printed
+# stock llama.cpp logs from a thread of its own and does not wait for it at exit, so that now and then
+# (often, for runs of milliseconds) the result is computed and never printed; our patch waits
 _ATTEMPTS = 5
 
 _FINAL = re.compile(r"Final estimate: PPL = ([\d.]+|nan|inf) \+/- ([\d.]+|nan|inf|-nan)")
