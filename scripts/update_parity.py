@@ -20,8 +20,9 @@ from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
 from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
 from longrope_export.config import LongRopeConfig
-from longrope_export.demo.material import fetch_smollm2
+from longrope_export.demo.material import fetch_smollm2, write_help_text
 from longrope_export.ladder import make_config
+from longrope_export.llama_cpp.binaries import require_binary
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.open import Export
 from longrope_export.verify.exports import verify_exports
@@ -43,11 +44,15 @@ PLOTTED = ("fp32",)
 HEAD = """# Measured parity
 
 SmolLM2-135M-Instruct (window 8192) with YaRN factors for three tiers, up to 8192, 16384 and 32768
-tokens, each tier with its own attention factor and 16 start tokens, rule `causal`. The source is the
-model's Q4_1 GGUF, unpacked to float32 once; every export is made from that folder and compared with
+tokens, each tier with its own attention factor and 16 start tokens, rule `causal`; Python's help
+topics as the text. The source is the model's Q4_1 GGUF, unpacked to float32 once; every export is made from that folder and compared with
 it by `longrope-export verify`. Written by `scripts/update_parity.py`.
 
 ![differences over position](parity.png)
+
+llama.cpp multiplies positions and frequencies in float32, stock or patched: at position p the angle of
+the fastest pair is off by up to p / 2^24, and its differences grow in that measure. The definition
+allows float32 angles, and so do the limits for it.
 
 The stock runtimes at the end run the same files: where they depart from the definition is the
 problem that this project is about.
@@ -59,7 +64,11 @@ def exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
     """Each is written when it is asked for."""
     source = load_model(folder)
     root = folder.parent
-    yield Export("transformers", folder)
+    remote = root / "smollm2-remote"
+    options_ = SafetensorsOptions(remote_code=True, link=True)
+    SafetensorsConverter(options_).convert(source, config, remote, lambda _: None)
+    yield Export("transformers", remote)
+    yield Export("transformers-remote", remote)
     for kind in GGUF_TYPES:
         path = root / f"smollm2-{kind}.gguf"
         converter = GgufConverter(GgufOptions(outtype=kind))
@@ -70,10 +79,6 @@ def exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
         options = OnnxOptions(precision=precision, ops=ops)
         OnnxConverter(options).convert(source, config, path, lambda _: None)
         yield Export("onnxruntime", path)
-    remote = root / "smollm2-remote"
-    options_ = SafetensorsOptions(remote_code=True, link=True)
-    SafetensorsConverter(options_).convert(source, config, remote, lambda _: None)
-    yield Export("transformers-remote", remote)
     yield Export("llama.cpp-stock", root / "smollm2-f32.gguf")
     yield Export("genai", root / "smollm2-fp32-genai")
     yield Export("transformers-stock", remote)
@@ -82,9 +87,11 @@ def exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=600, help="of the sequences from the start")
+    parser.add_argument("--json", type=Path, help="the whole certificate")
     parser.add_argument("--work", type=Path, help="keep the exports here")
     arguments = parser.parse_args()
     gguf = load_model(fetch_smollm2(CONSOLE.print))
+    require_binary("llama-quantize", build=True)
     config = make_config(gguf, "yarn", 32768, ladder=LADDER, num_start_tokens=16)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.work or Path(temporary)) / "smollm2"
@@ -97,14 +104,22 @@ def main() -> None:
         def say(what: str, share: float) -> None:
             CONSOLE.print(f"{what}: {share:.0%}", highlight=False)
 
+        text = folder.with_name("text.txt")
+        write_help_text(text)
         certificate, _ = verify_exports(
-            load_model(folder), config, list(exports(folder, config)), arguments.length,
-            build=True, say=say,
-        )  # fmt: skip
+            load_model(folder),
+            config,
+            list(exports(folder, config)),
+            arguments.length,
+            text=text.read_text(encoding="utf-8"),
+            build=True,
+            say=say,
+        )
     (DOCS / "parity.md").write_text(HEAD + markdown(certificate), encoding="utf-8")
     shown = [e for e in certificate["exports"] if e["precision"] in PLOTTED]
     save_plot({**certificate, "exports": shown}, DOCS / "parity.png")
-    Path("parity.json").write_text(json.dumps(certificate), encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(certificate), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from longrope_export.gguf_format import read_header
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.open import parse_export
 from longrope_export.verify.certificate import content_hash, read_certificate
-from longrope_export.verify.compare import Limit, compare, limit_for
+from longrope_export.verify.compare import Limit, compare, float32_angle_error, limit_for
 from longrope_export.verify.exports import check_length
 from longrope_export.verify.memory import longest_length
 from longrope_export.verify.plan import checked_borders, make_cases, rows_of
@@ -91,6 +91,19 @@ def test_a_mean_beyond_its_limit_names_the_rows_that_make_it() -> None:
     found = compare(got, expected, [None] * 4)
     assert found.misses(Limit(None, 1, 1e-3)).tolist() == [False, True, True, False]
     assert not found.misses(Limit(None, 1, 1)).any()
+
+
+def test_float32_angles_are_off_by_more_far_away() -> None:
+    positions = [0, 4096, 1 << 20]
+    errors = float32_angle_error(positions)
+    for position, error in zip(positions, errors, strict=True):
+        assert np.spacing(np.float32(position)) / 4 <= error * 2 or position == 0
+        assert error <= np.spacing(np.float32(position))
+    expected = np.zeros((3, 2), np.float32)
+    found = compare(expected + np.asarray([0, 0.01], np.float32), expected, [None] * 3)
+    limit = Limit(1e-3, 1e-6, 1e-7)
+    assert found.misses(limit).tolist() == [True, True, True]
+    assert found.misses(limit, errors).tolist() == [True, True, False]
 
 
 def test_limits_by_precision() -> None:

@@ -32,6 +32,8 @@ class RuntimeInfo:
             computed as the end of a text of its own, and holds natural logarithms of
             probabilities, of so many tokens at most, NaN for the others.
         any_position: a sequence may begin at a position other than 0.
+        float32_angles: it multiplies positions and frequencies in float32, which the definition
+            allows; far away that shows in the logits.
         longest: tokens of the longest sequence, where that was fixed before.
     """
 
@@ -42,6 +44,7 @@ class RuntimeInfo:
     switching: str
     log_probabilities: int | None = None
     any_position: bool = True
+    float32_angles: bool = False
     longest: int | None = None
 
 

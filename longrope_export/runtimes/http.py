@@ -168,6 +168,7 @@ class _LlamaServer:
             switching="as the server's llama.cpp does",
             log_probabilities=self._named,
             any_position=False,
+            float32_angles=True,
             longest=int(props["default_generation_settings"]["n_ctx"]) - 1,  # it generates one
         )
         self._plain_token = self._find_plain_token()

@@ -66,6 +66,7 @@ class LlamaCppModel:
             path=path,
             precision=weight_precision(header),
             switching="by the file's rule" if patched else "once, by the allocated context",
+            float32_angles=True,
         )
         libraries = require_binaries(_PROGRAMS, None if patched else _STOCK, build=build)
         self._scratch = tempfile.TemporaryDirectory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +35,13 @@ LIMITS: dict[str, Limit] = {
     "fp32": Limit(1e-3, 1e-6, 1e-7),
     "fp16": Limit(0.3, 1e-3, 3e-4),
     "bf16": Limit(2.0, 5e-2, 1e-2),
-    "q8_0": Limit(None, 2e-2, 5e-3),
-    "int8": Limit(None, 2e-2, 5e-3),
-    "4-bit": Limit(None, 2.0, 0.5),
+    "q8_0": Limit(None, 0.1, 0.03),
+    "int8": Limit(None, 0.1, 0.03),
+    "4-bit": Limit(None, 5.0, 1.5),
 }
 _SMALLEST = -80.0  # below it a probability in float32 loses its digits
 _ROUNDING = 1e-3  # of a sum of float32 probabilities; llama-server's, of 49152 tokens, was 1.0002
+_LOGITS_PER_RADIAN = 10.0  # SmolLM2-135M at 32768: 5.6
 _BITS = {"q4": "4-bit", "int4": "4-bit", "iq4": "4-bit", "q5": "4-bit", "q6": "q8_0", "q8": "q8_0"}
 
 
@@ -75,14 +77,29 @@ class Difference:
     same_top: npt.NDArray[np.bool_]
     loss: Floats
 
-    def misses(self, limit: Limit) -> npt.NDArray[np.bool_]:
-        """(n,) the rows that are beyond the limit; NaN is."""
-        bad = ~(self.kl <= limit.kl)
+    def misses(self, limit: Limit, angle_error: Floats | float = 0.0) -> npt.NDArray[np.bool_]:
+        """(n,) the rows that are beyond the limit; NaN is.
+
+        Args:
+            angle_error: (n,) radians by which the runtime's angles are rounded. Logits follow
+                them in proportion, divergences by their square.
+        """
+        more_kl = np.square(angle_error)
+        bad = ~(self.kl <= limit.kl + more_kl)
         if limit.difference is not None:
-            bad |= ~(self.difference <= limit.difference)
-        if not bad.any() and not np.mean(self.kl) <= limit.mean_kl:
-            bad |= self.kl > limit.mean_kl
+            bad |= ~(self.difference <= limit.difference + _LOGITS_PER_RADIAN * angle_error)
+        if not bad.any() and not np.mean(self.kl - more_kl) <= limit.mean_kl:
+            bad |= self.kl > limit.mean_kl + more_kl
         return bad
+
+
+def float32_angle_error(positions: Sequence[int]) -> Floats:
+    """(n,) radians: half a unit in the last place of a float32 angle at each position.
+
+    The fastest pair turns by one radian a token, so its angle is as large as the position.
+    """
+    result: Floats = np.asarray(positions, np.float64) * 2.0**-24
+    return result
 
 
 def compare(

@@ -19,6 +19,7 @@ from longrope_export.verify.compare import (
     Limit,
     compare,
     compare_log_probabilities,
+    float32_angle_error,
     limit_for,
 )
 from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
@@ -242,7 +243,8 @@ def _run_case(
     following = [tokens[index] if index < len(tokens) else None for index in next_tokens]
     compare_rows = compare if runtime.info.log_probabilities is None else compare_log_probabilities
     difference = compare_rows(np.concatenate(parts), reference.of(rows), following)
-    misses = difference.misses(limit)
+    angle_error = float32_angle_error([row.position for row in rows])
+    misses = difference.misses(limit, angle_error if runtime.info.float32_angles else 0.0)
     first = min((row.position for row, bad in zip(rows, misses, strict=True) if bad), default=None)
     return CaseResult(case, rows, difference, first, seconds)
 
