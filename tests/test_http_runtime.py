@@ -33,7 +33,7 @@ from longrope_export.verify.run import ExportResult, ReferenceRows, verify_expor
 LENGTH, TARGET, VOCABULARY = 40, 64, 320
 TOKENS = np.random.default_rng(5).integers(3, 300, LENGTH).tolist()
 LIMITS = {"unknown": Limit(1e-3, 1e-6, 1e-7)}
-TEXT = "A model trained on short text reads long text."
+TEXT = "A model trained on short text reads long text. " * 4
 
 
 class Vllm:

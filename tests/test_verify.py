@@ -63,7 +63,7 @@ def test_a_long_ladder_is_tried_at_some_of_its_borders() -> None:
     config = config_of(*range(100, 20100, 100))
     borders = checked_borders(config, 20000)
     assert len(borders) == 6 and borders[0] == 100 and borders[-1] == 19900
-    assert sum(case.num_tokens for case in make_cases(config, 600)) < 3000
+    assert sum(case.num_tokens for case in make_cases(config, 600)) < 6000
 
 
 def test_differences_of_rows() -> None:
@@ -238,13 +238,13 @@ def test_check_finds_the_export_again_and_nothing_else(made: Folder, tmp_path: P
 
 def test_check_runs_the_export(made: Folder) -> None:
     certificate = json.loads((made / "certificate.json").read_text())
-    certificate["probe"]["log_probabilities"][-1][0] -= 0.1
+    certificate["probes"][-1]["log_probabilities"][-1][0] -= 0.1
     (made / "moved.json").write_text(json.dumps(certificate))
     result = run(made, "--check", made / "moved.json", "onnx")
     assert result.exit_code == 1 and "differs from the certificate" in result.output
-    del certificate["probe"]
+    del certificate["probes"]
     (made / "moved.json").write_text(json.dumps(certificate))
-    assert "damaged" in run(made, "--check", made / "moved.json", "onnx").output
+    assert "cannot be checked" in run(made, "--check", made / "moved.json", "onnx").output
 
 
 def test_a_certificate_in_a_gguf_changes_neither_hash_nor_tensors(
@@ -270,3 +270,37 @@ def test_export_commands_verify_at_once(made: Folder, tmp_path: Path) -> None:
     words = ["onnx", str(made / "m"), "--factors", str(made / "f.json"), "--verify"]
     result = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "out")])
     assert result.exit_code == 0 and "passed" in result.output, result.output
+
+
+def test_check_runs_no_code_from_a_folder(made: Folder) -> None:
+    certificate = json.loads((made / "certificate.json").read_text())
+    for name, said in (("transformers-remote", "runs code"), ("anything", "no runtime")):
+        certificate["exports"][0]["runtime_name"] = name
+        (made / "hostile.json").write_text(json.dumps(certificate))
+        result = run(made, "--check", made / "hostile.json", "onnx")
+        assert result.exit_code == 2 and said in result.output
+
+
+def test_a_folder_without_a_definition_does_not_pass(made: Folder) -> None:
+    result = run(made, "m", "m", "--factors", made / "f.json", "--length", 100, "--json")
+    assert result.exit_code == 1
+    (found,) = json.loads(result.stdout)["exports"]
+    assert "carries no definition" in found["problems"][0]
+
+
+def test_one_damaged_export_does_not_hide_the_others(made: Folder, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF\3\0\0\0")
+    options = ("--factors", made / "f.json", "--length", 80, "--json")
+    result = run(made, "m", tmp_path / "bad.gguf", "onnx", *options)
+    assert result.exit_code == 1
+    bad, good = json.loads(result.stdout)["exports"]
+    assert not bad["passed"] and bad["sha256"] is None and good["passed"]
+
+
+def test_no_output_takes_the_place_of_an_input(made: Folder) -> None:
+    before = (made / "f.json").read_bytes()
+    options = ("--factors", made / "f.json", "--length", 80)
+    assert run(made, "m", "onnx", *options, "-o", made / "f.json").exit_code == 2
+    assert (made / "f.json").read_bytes() == before
+    missing = run(made, "m", "onnx", *options, "--markdown", made / "no" / "card.md")
+    assert missing.exit_code == 2

@@ -13,6 +13,7 @@ from longrope_export.cli.common import (
     OUTPUT_PATH,
     factor_options,
     given_factors,
+    input_files,
     is_quiet,
     json_option,
     print_json,
@@ -101,7 +102,7 @@ def command(
         raise click.UsageError("give MODEL and at least one EXPORT")
     model, *exports = paths
     from longrope_export.models.model import find_model, load_model
-    from longrope_export.outputs import write_text
+    from longrope_export.outputs import check_output, write_text
     from longrope_export.runtimes.open import parse_export
     from longrope_export.verify.exports import check_length, verify_exports
     from longrope_export.verify.report import markdown as as_markdown
@@ -113,6 +114,11 @@ def command(
     used = check_length(source, config, length)
     if length is None and used < config.max_position_embeddings:
         say(f"the free memory allows {used} of {config.max_position_embeddings} tokens")
+    inputs = input_files(source.path, factors, tiers)
+    inputs += [Path(export.path) for export in chosen] + ([text] if text else [])
+    for file in (output, markdown, plot):
+        if file is not None:
+            check_output(file, inputs, force=True)
     with share_progress() as step:
         certificate, results = verify_exports(
             source,

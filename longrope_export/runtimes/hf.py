@@ -43,7 +43,7 @@ class HfModel:
         path: the folder or the file.
         flavour: OURS puts the definition onto transformers' class; REMOTE runs the modelling file
             that lies in the folder.
-        config: for OURS: the definition of a model that carries none of ours.
+        config: for OURS: the definition of a model that carries none.
         dtype: float32, float16, bfloat16.
         device: as torch names it.
 
@@ -65,11 +65,13 @@ class HfModel:
 
         self._path = path
         source = load_model(path)
-        self.config = source.native if source.has_definition or config is None else config
+        carries = source.has_definition or source.has_longrope
+        self.config: LongRopeConfig | None = source.native if carries else None
+        self._used = source.native if carries or config is None else config
         model, version = load_torch_model(path, dtype, trust_remote_code=flavour is Flavour.REMOTE)
         self.model = model.to(device)
         if flavour is Flavour.OURS:
-            apply_longrope(model, self.config)
+            apply_longrope(model, self._used)
         # a modelling file of ours has the same runtime inside
         self._runtime = getattr(model.get_decoder().rotary_emb, "runtime", None)
         self.info = RuntimeInfo(
@@ -88,7 +90,7 @@ class HfModel:
         first_position: int = 0,
     ) -> HfSequence:
         """An empty sequence; under `sequence` a declared length freezes its tier until the next."""
-        pinned = declared_length and self.config.switch is SwitchPolicy.SEQUENCE
+        pinned = declared_length and self._used.switch is SwitchPolicy.SEQUENCE
         self._freeze(self._tier_index(declared_length or 0) if pinned else None)
         return HfSequence(self, chunk_size, first_position)
 
@@ -133,7 +135,7 @@ class HfModel:
             self._runtime.freeze(tier_index)
 
     def _tier_index(self, length: int) -> int:
-        return self.config.tiers.index(self.config.select_tier(length))
+        return self._used.tiers.index(self._used.select_tier(length))
 
 
 class HfSequence:

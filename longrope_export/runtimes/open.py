@@ -110,5 +110,6 @@ def open_runtime(
             return HfModel(path, config=config)
         case "transformers-stock":
             return HfModel(path, flavour=Flavour.STOCK)
-        case _:
+        case "transformers-remote":
             return HfModel(path, flavour=Flavour.REMOTE)
+    raise ModelError(f"{export}: no runtime of that name; known are {', '.join(RUNTIMES)}")

@@ -15,12 +15,12 @@ import numpy as np
 
 from longrope_export import __version__
 from longrope_export.config import LongRopeConfig
-from longrope_export.errors import ModelError
+from longrope_export.errors import LongRopeError, ModelError
 from longrope_export.factor_files import from_json, to_json
-from longrope_export.gguf_format import PADDING_KEY, read_header
+from longrope_export.gguf_format import MAGIC, PADDING_KEY, read_header
 from longrope_export.runtimes.base import Runtime
 from longrope_export.runtimes.open import Export, open_runtime
-from longrope_export.verify.compare import Limit
+from longrope_export.verify.compare import LOGITS_PER_RADIAN, Limit, float32_angle_error
 from longrope_export.verify.run import CaseResult, ExportResult, Probe
 
 FORMAT = "longrope-certificate"
@@ -28,7 +28,8 @@ VERSION = 1
 FILE_NAME = "longrope-certificate.json"  # in a folder that was verified
 GGUF_KEY = "longrope.certificate"
 
-_TRANSIENT = {FILE_NAME, ".DS_Store"}
+_RUNS_CODE = "transformers-remote"
+_MOST_SHARDS = 65535
 _BLOCK = 1 << 20
 _PROBE_ROUNDING = 1e-5  # of log probabilities that are written with six digits
 
@@ -38,7 +39,7 @@ def make_certificate(
     config: LongRopeConfig,
     tokens: Sequence[int],
     results: Sequence[ExportResult],
-    probe: Probe,
+    probes: Sequence[Probe],
 ) -> dict[str, Any]:
     """Everything that was found, as JSON values.
 
@@ -46,7 +47,7 @@ def make_certificate(
         source: the model that the reference ran.
         tokens: ids that were run.
         results: one for each export.
-        probe: for `check_probe`.
+        probes: what is run again by `check_export`.
     """
     return {
         "format": FORMAT,
@@ -61,7 +62,7 @@ def make_certificate(
             "count": len(tokens),
             "sha256": hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest(),
         },
-        "probe": asdict(probe),
+        "probes": [asdict(probe) for probe in probes],
         "exports": [_export_json(result) for result in results],
     }
 
@@ -76,12 +77,20 @@ def _export_json(result: ExportResult) -> dict[str, Any]:
         "precision": info.precision if info else None,
         "switching": info.switching if info else None,
         "log_probabilities": info.log_probabilities if info else None,
-        "sha256": content_hash(result.export.path),
+        "sha256": _hash_or_none(result.export.path),
         "passed": result.passed,
         "problems": result.problems,
         "limit": asdict(result.limit) if result.limit else None,
         "cases": [_case_json(case) for case in result.cases],
     }
+
+
+def _hash_or_none(path: Path | str) -> str | None:
+    """None for a server, and for a file too damaged to be read: its result says so."""
+    try:
+        return content_hash(path)
+    except LongRopeError:
+        return None
 
 
 def _case_json(result: CaseResult) -> dict[str, Any]:
@@ -121,26 +130,35 @@ def content_hash(path: Path | str) -> str | None:
         return None
     digest = hashlib.sha256()
     try:
-        if path.is_file() and path.suffix == ".gguf":
+        if is_gguf(path):
             for shard in _shards(path):
                 _hash_gguf(shard, digest)
         elif path.is_file():
             _hash_bytes(path, 0, digest)
         else:
             for file in sorted(path.rglob("*")):
-                if file.is_file() and file.name not in _TRANSIENT:
-                    digest.update(f"{file.relative_to(path)}\n".encode())
+                if file.is_file() and file != path / FILE_NAME:
+                    size = file.stat().st_size
+                    digest.update(f"{file.relative_to(path)}\n{size}\n".encode())
                     _hash_bytes(file, 0, digest)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
     return digest.hexdigest()
 
 
+def is_gguf(path: Path) -> bool:
+    """By its first bytes, whatever its name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def _shards(path: Path) -> list[Path]:
     """All files of a split model, whose names end in -00001-of-00003.gguf, or the one file."""
     count = read_header(path).get("split.count", 1)
     stem, separator, _ = path.name.rpartition("-00001-of-")
-    if not separator or not isinstance(count, int) or count < 2:
+    if not separator or not isinstance(count, int) or not 2 <= count <= _MOST_SHARDS:
         return [path]
     return [path.with_name(f"{stem}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
 
@@ -174,12 +192,12 @@ def read_certificate(path: Path) -> dict[str, Any]:
     try:
         if path.is_dir():
             text = (path / FILE_NAME).read_text(encoding="utf-8")
-        elif path.suffix == ".gguf":
+        elif is_gguf(path):
             text = read_header(path).get(GGUF_KEY, "")
         else:
             text = path.read_text(encoding="utf-8")
         values = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{path}: no certificate in it: {error}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ModelError(f"{path}: not a certificate: it has no format {FORMAT!r}")
@@ -219,8 +237,10 @@ def check_export(
     """
     try:
         return _check_export(certificate, path, threads, build)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ModelError(f"the certificate of {path} is damaged: {error!r}") from error
+    except LongRopeError:
+        raise
+    except Exception as error:  # whatever hostile values, or a runtime's own classes, raise
+        raise ModelError(f"the certificate of {path} cannot be checked: {error!r}") from error
 
 
 def _check_export(
@@ -228,32 +248,40 @@ def _check_export(
 ) -> list[str]:
     found = content_hash(path)
     entries = [entry for entry in certificate["exports"] if entry["sha256"] == found]
+    passed = [entry for entry in entries if entry["passed"]]
     if not entries:
         known = ", ".join(str(entry["path"]) for entry in certificate["exports"])
         return [f"{path} is none of the certified exports ({known}): its SHA-256 is {found}"]
     problems = []
-    probe = Probe(**certificate["probe"])
+    probes = [Probe(**values) for values in certificate["probes"]]
     config = from_json(certificate["config"], "certificate")
-    for entry in entries:
-        if not entry["passed"]:
-            problems.append(f"{path}: certified to FAIL on {entry['runtime']}")
-            continue
+    if not passed:
+        names = ", ".join(str(entry["runtime"]) for entry in entries)
+        return [f"{path}: the certificate says that it failed on {names}"]
+    for entry in passed:
+        if entry["runtime_name"] == _RUNS_CODE:
+            raise ModelError(
+                f"{path} was certified on {_RUNS_CODE}, which runs code from its folder: --check "
+                f"does not; verify it against its source model"
+            )
         runtime = open_runtime(
             Export(entry["runtime_name"], path),
-            context=len(probe.tokens) + 1,
+            context=max(len(probe.tokens) for probe in probes) + 1,
             config=config,
             threads=threads,
             build=build,
         )
         try:
-            problems += _check_probe(runtime, probe, Limit(**entry["limit"]))
+            for probe in probes:
+                if runtime.info.any_position or not probe.origin:
+                    problems += _check_probe(runtime, probe, Limit(**entry["limit"]))
         finally:
             runtime.close()
     return problems
 
 
 def _check_probe(runtime: Runtime, probe: Probe, limit: Limit) -> list[str]:
-    sequence = runtime.start(declared_length=probe.declared_length)
+    sequence = runtime.start(declared_length=probe.declared_length, first_position=probe.origin)
     logits = sequence.append(probe.tokens, keep=len(probe.top_tokens)).astype(np.float64)
     log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     got = np.take_along_axis(log_p, np.asarray(probe.top_tokens), 1)
@@ -261,8 +289,10 @@ def _check_probe(runtime: Runtime, probe: Probe, limit: Limit) -> list[str]:
     kl = float((np.exp(right) * (right - got)).sum(1).max())
     difference = float(np.abs(right - got).max())
     # of log probabilities, not of logits: both the logit and the sum may be off
-    if kl <= limit.kl + _PROBE_ROUNDING and (
-        limit.difference is None or difference <= 2 * limit.difference
+    end = probe.origin + len(probe.tokens)
+    angle = float(float32_angle_error([end])[0]) if runtime.info.float32_angles else 0.0
+    if kl <= limit.kl + angle**2 + _PROBE_ROUNDING and (
+        limit.difference is None or difference <= 2 * (limit.difference + LOGITS_PER_RADIAN * angle)
     ):
         return []
     return [

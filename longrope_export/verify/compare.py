@@ -41,7 +41,7 @@ LIMITS: dict[str, Limit] = {
 }
 _SMALLEST = -80.0  # below it a probability in float32 loses its digits
 _ROUNDING = 1e-3  # of a sum of float32 probabilities; llama-server's, of 49152 tokens, was 1.0002
-_LOGITS_PER_RADIAN = 10.0  # SmolLM2-135M at 32768: 5.6
+LOGITS_PER_RADIAN = 10.0  # SmolLM2-135M at 32768: 5.6
 _BITS = {"q4": "4-bit", "int4": "4-bit", "iq4": "4-bit", "q5": "4-bit", "q6": "q8_0", "q8": "q8_0"}
 
 
@@ -87,8 +87,8 @@ class Difference:
         more_kl = np.square(angle_error)
         bad = ~(self.kl <= limit.kl + more_kl)
         if limit.difference is not None:
-            bad |= ~(self.difference <= limit.difference + _LOGITS_PER_RADIAN * angle_error)
-        if not bad.any() and not np.mean(self.kl - more_kl) <= limit.mean_kl:
+            bad |= ~(self.difference <= limit.difference + LOGITS_PER_RADIAN * angle_error)
+        if not bad.any() and not np.mean(np.maximum(self.kl - more_kl, 0)) <= limit.mean_kl:
             bad |= self.kl > limit.mean_kl + more_kl
         return bad
 

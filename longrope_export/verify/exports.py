@@ -71,8 +71,8 @@ def verify_exports(
         )
         for export in exports
     ]
-    probe = reference.probe(cases, config, tokens)
-    return make_certificate(model.path, config, tokens, results, probe), results
+    probes = reference.probes(cases, config, tokens)
+    return make_certificate(model.path, config, tokens, results, probes), results
 
 
 def check_length(model: Model, config: LongRopeConfig, wanted: int | None) -> int:

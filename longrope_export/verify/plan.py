@@ -17,6 +17,7 @@ _CALL = 2048  # tokens of a large call
 _CHUNK = 333  # of a small one: divides nothing
 _KEPT_ALL = 1024  # up to this length the logits of every position are compared
 _WINDOW = 8  # positions around each stop, beyond
+_BEFORE = 256  # tokens before a border that is looked at by itself
 _BORDERS = 6  # at most so many tier borders of a long ladder
 _SINGLE = 3  # tokens one by one, on each side of a border
 
@@ -84,13 +85,13 @@ def make_cases(config: LongRopeConfig, limit: int) -> list[Case]:
     Args:
         limit: at least 2, at most the last tier's max_length.
     """
-    return [*_from_the_start(config, limit), *_jumps(config)]
+    return [*_from_the_start(config, limit), *_jumps(config, limit)]
 
 
 def _from_the_start(config: LongRopeConfig, limit: int) -> list[Case]:
-    chunk_size = min(_CHUNK, max(1, limit // 3 - 1))
     borders = checked_borders(config, limit)
     first = min(borders, default=limit)
+    chunk_size = min(_CHUNK, max(1, (limit if limit <= _KEPT_ALL else first) // 3 - 1))
     lengths = (min(limit, max(1, first // 2)), min(limit, first + _SINGLE))
     batch = Case("batch of two lengths", batch=lengths, batch_keep=min(_WINDOW, *lengths))
     if config.switch is SwitchPolicy.CAUSAL:
@@ -111,22 +112,28 @@ def _from_the_start(config: LongRopeConfig, limit: int) -> list[Case]:
     return [*cases, chunks, *steps, batch]
 
 
-def _jumps(config: LongRopeConfig) -> list[Case]:
-    """A few tokens around each tier border and at the end, with nothing before them."""
+def _jumps(config: LongRopeConfig, limit: int) -> list[Case]:
+    """Some tokens around each tier border and at the end, with nothing before them."""
     target = config.max_position_embeddings
     borders = [b for b in checked_borders(config, target) if b > _WINDOW]
     pinned = config.switch is SwitchPolicy.SEQUENCE
     cases = []
     for border in [*borders, target]:
         end = border if pinned else min(border + _WINDOW // 2, target)
-        origin = max(0, border - _WINDOW)
-        whole = (Append(end - origin, end - origin),)
+        origin = border - _before(border, limit)
+        whole = (Append(end - origin, min(end - origin, 2 * _WINDOW)),)
         cases.append(Case(f"from position {origin}", whole, declared_length=end, origin=origin))
     for border in borders:
-        origin = border - _WINDOW
-        steps = _walk([_WINDOW], _WINDOW + _SINGLE)
+        before = _before(border, limit)
+        origin = border - before
+        steps = _walk([before], min(before + _SINGLE, target - origin))
         cases.append(Case(f"from position {origin}, one by one", tuple(steps), origin=origin))
     return cases
+
+
+def _before(border: int, limit: int) -> int:
+    """Tokens in front of a border that is looked at by itself; there is a gap before them."""
+    return max(1, min(_BEFORE, border - 1, limit - _WINDOW // 2))
 
 
 def rows_of(case: Case, config: LongRopeConfig) -> list[Row]:

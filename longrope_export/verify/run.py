@@ -25,7 +25,7 @@ from longrope_export.verify.compare import (
 from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
 from longrope_export.verify.reference import Reference
 
-_PROBE_TOKENS, _PROBE_ROWS, _PROBE_TOP = 768, 8, 32
+_PROBE_ROWS, _PROBE_TOP = 8, 32
 
 Say = Callable[[str, float], None]  # (what is being done, share that is done, 0 to 1)
 
@@ -79,12 +79,14 @@ class Probe:
 
     Attributes:
         tokens: the text.
+        origin: position of its first token.
         declared_length: to be told to the runtime, see Case.
         top_tokens: (rows, top) the likeliest tokens behind each of the last tokens.
         log_probabilities: (rows, top) of those.
     """
 
     tokens: list[int]
+    origin: int
     declared_length: int | None
     top_tokens: list[list[int]]
     log_probabilities: list[list[float]]
@@ -126,15 +128,22 @@ class ReferenceRows:
             )
             self._logits.update(zip(rows, logits, strict=True))
 
-    def probe(self, cases: Sequence[Case], config: LongRopeConfig, tokens: Sequence[int]) -> Probe:
-        """The first rows of the first case, for a short rerun without the source model."""
-        case = cases[0]
-        rows = [row for row in rows_of(case, config) if row.position < _PROBE_TOKENS][-_PROBE_ROWS:]
+    def probes(
+        self, cases: Sequence[Case], config: LongRopeConfig, tokens: Sequence[int]
+    ) -> list[Probe]:
+        """Short texts for a rerun without the source model: the beginning, and the last tier."""
+        far = [case for case in cases if case.origin and len(case.appends) == 1]
+        return [self._probe(case, config, tokens) for case in (cases[0], *far[-1:])]
+
+    def _probe(self, case: Case, config: LongRopeConfig, tokens: Sequence[int]) -> Probe:
+        first = case.appends[0]  # the rows of one call lie side by side
+        rows = rows_of(case, config)[: first.keep][-_PROBE_ROWS:]
         logits = self.of(rows).astype(np.float64)
         log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         top = np.argsort(-log_p, axis=1)[:, :_PROBE_TOP]
         return Probe(
-            tokens=list(tokens[: rows[-1].position + 1]),
+            tokens=list(tokens[: rows[-1].position - case.origin + 1]),
+            origin=case.origin,
             declared_length=case.declared_length,
             top_tokens=top.tolist(),
             log_probabilities=np.take_along_axis(log_p, top, 1).round(6).tolist(),
@@ -182,8 +191,8 @@ def verify_export(
             threads=threads,
             build=build,
         )
-    except LongRopeError as error:
-        result.problems.append(str(error))
+    except Exception as error:  # whatever a runtime raises, the others go on
+        result.problems.append(_describe(error))
         return result
     try:
         limit = limit_for(runtime.info.precision, limits)
@@ -194,14 +203,18 @@ def verify_export(
         _check_room(runtime.info, max(case.num_tokens for case in cases))
         if runtime.config is not None:
             result.problems.extend(config_differences(config, runtime.config))
-        if text is not None and (ids := runtime.tokenize(text)) is not None:
-            result.problems.extend(_tokenizer_differences(list(tokens), ids))
+        elif export.runtime == "transformers":
+            result.problems.append(
+                "carries no definition: write it with longrope-export safetensors"
+            )
+        if text is not None:
+            result.problems.extend(_tokenizer_differences(list(tokens), runtime.tokenize(text)))
         for number, case in enumerate(cases):
             say(f"{runtime.info.name}: {case.name}", number / len(cases))
             result.cases.append(_run_case(runtime, case, config, tokens, reference, limit))
         say(runtime.info.name, 1.0)
-    except LongRopeError as error:
-        result.problems.append(str(error))
+    except Exception as error:  # whatever a runtime raises, the others go on
+        result.problems.append(_describe(error))
     finally:
         runtime.close()
     return result
@@ -281,10 +294,16 @@ def config_differences(expected: LongRopeConfig, got: LongRopeConfig) -> list[st
     return problems
 
 
-def _tokenizer_differences(expected: list[int], got: list[int]) -> list[str]:
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, LongRopeError) else f"{type(error).__name__}: {error}"
+
+
+def _tokenizer_differences(expected: list[int], got: list[int] | None) -> list[str]:
+    if got is None:
+        return ["tokenizer: none that can be asked"]
     for index, (want, have) in enumerate(zip(expected, got, strict=False)):
         if want != have:
             return [f"tokenizer: token {index} of the text is {have}, the source's is {want}"]
-    if len(got) < min(len(expected), 8):
+    if len(got) < len(expected):
         return [f"tokenizer: gives {len(got)} tokens, the source's gives {len(expected)} or more"]
     return []

@@ -246,7 +246,8 @@ def test_another_tokenizer(root: Path, llama: Toy, truth: Callable[[str], Refere
     config = llama.config("causal")
     text = "A model trained on short text reads long text, 0 1 2 3."
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama.folder)
-    tokens = (tokenizer(text).input_ids * 20)[:LENGTH]
+    text *= 20
+    tokens = tokenizer(text).input_ids[:LENGTH]
     cases = make_cases(config, LENGTH)
     reference = ReferenceRows(llama.folder, config, tokens, cases)
 
