@@ -40,6 +40,7 @@ def make_certificate(
     tokens: Sequence[int],
     results: Sequence[ExportResult],
     probes: Sequence[Probe],
+    seed: int | None,
 ) -> dict[str, Any]:
     """Everything that was found, as JSON values.
 
@@ -48,6 +49,7 @@ def make_certificate(
         tokens: ids that were run.
         results: one for each export.
         probes: what is run again by `check_export`.
+        seed: of random tokens; None for those of a text.
     """
     return {
         "format": FORMAT,
@@ -61,6 +63,7 @@ def make_certificate(
         "tokens": {
             "count": len(tokens),
             "sha256": hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest(),
+            "seed": seed,
         },
         "probes": [asdict(probe) for probe in probes],
         "exports": [_export_json(result) for result in results],
@@ -102,6 +105,7 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
         "length": result.case.length,
         "compared_rows": len(result.rows),
         "max_difference": float(difference.difference.max()),
+        "mean_difference": float(difference.mean_difference.mean()),
         "max_kl": float(difference.kl.max()),
         "mean_kl": float(difference.kl.mean()),
         "same_top_token": float(difference.same_top.mean()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ LIMITS: dict[str, Limit] = {
 }
 _SMALLEST = -80.0  # below it a probability in float32 loses its digits
 _ROUNDING = 1e-3  # of a sum of float32 probabilities; llama-server's, of 49152 tokens, was 1.0002
+_BLOCK = 64  # rows
 LOGITS_PER_RADIAN = 10.0  # SmolLM2-135M at 32768: 5.6
 _BITS = {"q4": "4-bit", "int4": "4-bit", "iq4": "4-bit", "q5": "4-bit", "q6": "q8_0", "q8": "q8_0"}
 
@@ -67,12 +68,14 @@ class Difference:
 
     Attributes:
         difference: (n,) max |logit - reference|.
+        mean_difference: (n,) its mean over the vocabulary.
         kl: (n,) KL divergence in nats, of the runtime's distribution from the reference's.
         same_top: (n,) whether both name the same token first.
         loss: (n,) change of -ln p of the token that follows, NaN where none does.
     """
 
     difference: Floats
+    mean_difference: Floats
     kl: Floats
     same_top: npt.NDArray[np.bool_]
     loss: Floats
@@ -117,6 +120,9 @@ def compare(
     """
     if len(logits) != len(expected) or logits.shape[1] < expected.shape[1]:
         raise ConfigError(f"logits have shape {logits.shape}, the reference's {expected.shape}")
+    if len(logits) > _BLOCK:  # float64 copies of all rows of a large vocabulary take gigabytes
+        parts = [slice(first, first + _BLOCK) for first in range(0, len(logits), _BLOCK)]
+        return _join([compare(logits[part], expected[part], following[part]) for part in parts])
     got = logits[:, : expected.shape[1]].astype(np.float64)
     right = expected.astype(np.float64)
     log_got, log_right = _log_softmax(got), _log_softmax(right)
@@ -127,6 +133,7 @@ def compare(
     ]
     return Difference(
         difference=np.abs(got - right).max(1),
+        mean_difference=np.abs(got - right).mean(1),
         kl=np.maximum(kl, 0),  # rounding
         same_top=got.argmax(1) == right.argmax(1),
         loss=np.asarray(loss, np.float64),
@@ -156,6 +163,11 @@ def compare_log_probabilities(
             f"log probabilities have shape {given.shape}, the reference's logits {expected.shape}; "
             f"{np.count_nonzero(~named.any(1))} rows are empty"
         )
+    if len(given) > _BLOCK:
+        parts = [slice(first, first + _BLOCK) for first in range(0, len(given), _BLOCK)]
+        return _join(
+            [compare_log_probabilities(given[p], expected[p], following[p]) for p in parts]
+        )
     log_right = _log_softmax(expected.astype(np.float64))
     log_got = np.where(named, given.astype(np.float64), -np.inf)
     whole = named.all(1)
@@ -179,10 +191,16 @@ def compare_log_probabilities(
     ]
     return Difference(
         difference=np.where(named, np.abs(log_got - log_right), 0).max(1),
+        mean_difference=np.abs(log_got - log_right).mean(1, where=named),
         kl=np.maximum(kl, 0),  # rounding
         same_top=log_got.argmax(1) == log_right.argmax(1),
         loss=np.asarray(loss, np.float64),
     )
+
+
+def _join(parts: list[Difference]) -> Difference:
+    names = [field.name for field in fields(Difference)]
+    return Difference(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
 
 
 def _log_softmax(logits: Floats) -> Floats:

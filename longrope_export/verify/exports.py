@@ -72,7 +72,8 @@ def verify_exports(
         for export in exports
     ]
     probes = reference.probes(cases, config, tokens)
-    return make_certificate(model.path, config, tokens, results, probes), results
+    used = seed if text is None else None
+    return make_certificate(model.path, config, tokens, results, probes, used), results
 
 
 def check_length(model: Model, config: LongRopeConfig, wanted: int | None) -> int:
