@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_reference import THETA, VOCAB, reference_logits, toy_config, toy_model
+from hf_reference import THETA, VOCAB, reference_logits, tier_index, toy_config, toy_model
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -120,6 +120,61 @@ def test_flash_attention_is_cut_by_its_own_rules(family: str) -> None:
     positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
     with pytest.raises(LongRopeError, match=r"packed documents .* flash attention; use .*sdpa"):
         model(ids[:1], position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("additive", [False, True])
+@torch.no_grad()
+def test_masks_that_show_later_keys_are_not_cut(kernel: str, additive: bool) -> None:
+    """In one layer a token depends on its own tier only, so frozen passes, never cut, tell it."""
+    model = toy_model(num_hidden_layers=1)
+    model.set_attn_implementation(kernel)
+    config = toy_config(model)
+    ids = some_ids(1, 20)
+    visible = torch.ones(20, 20).tril().bool()
+    visible[:16, :16] = True  # a prefix over both borders
+    mask: Tensor = visible[None, None]
+    if additive:
+        mask = torch.zeros(1, 1, 20, 20).masked_fill(~mask, torch.finfo(torch.float32).min)
+    runtime = apply_longrope(model, config)
+    causal = model(ids).logits[0]
+    frozen = []
+    for tier in range(3):
+        runtime.freeze(tier)
+        frozen.append(model(ids, attention_mask=mask).logits[0])
+    runtime.freeze(None)
+    expected = torch.stack([frozen[tier_index(config, p + 1)][p] for p in range(20)])
+    assert (expected - causal)[:6].abs().max() > 0.05
+    got = model(ids, attention_mask=mask).logits[0]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :3], attention_mask=mask[:, :, :3, :3], past_key_values=cache)
+    later = model(ids[:, 3:], attention_mask=mask[:, :, 3:], past_key_values=cache).logits[0]
+    torch.testing.assert_close(later, expected[3:], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_bidirectional_attention_across_borders() -> None:
+    model = toy_model(
+        "Gemma3",
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+        use_bidirectional_attention=True,
+    )
+    config = toy_config(model, layers=None)
+    ids = some_ids(1, 20)
+    runtime = apply_longrope(model, config)
+    got = model(ids, use_cache=False).logits[0]
+    for tier, start, stop in ((0, 0, 6), (1, 6, 13), (2, 13, 20)):
+        runtime.freeze(tier)
+        frozen = model(ids, use_cache=False).logits[0]
+        torch.testing.assert_close(got[start:stop], frozen[start:stop], atol=1e-4, rtol=0)
+    runtime.freeze(None)
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+    )
+    with pytest.raises(LongRopeError, match="bidirectional attention .* only with a 4D mask"):
+        model(ids, use_cache=False)
 
 
 @torch.no_grad()
