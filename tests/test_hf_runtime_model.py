@@ -407,6 +407,28 @@ def test_forwards_that_cannot_be_right_are_refused() -> None:
 
 
 @torch.no_grad()
+def test_a_cache_belongs_to_the_definition_that_filled_it() -> None:
+    model = toy_model()
+    config = toy_config(model)
+    ids = some_ids(1, 20)
+    expected = reference_logits(model, config, ids[0], None)
+    apply_longrope(model, config)
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    remove_longrope(model)
+    apply_longrope(model, toy_config(model, lengths=(6, 9, 24)))
+    with pytest.raises(LongRopeError, match="filled under another LongRoPE definition"):
+        model(ids[:, 10:], past_key_values=cache)
+    remove_longrope(model)
+    apply_longrope(model, toy_config(model))
+    rest = model(ids[:, 10:], past_key_values=cache).logits[0]
+    torch.testing.assert_close(rest, expected[10:], atol=1e-4, rtol=0)
+    remove_longrope(model)
+    apply_longrope(model, toy_config(model, lengths=(6, 9, 24)))
+    cache.reset()
+    model(ids, past_key_values=cache)
+
+
+@torch.no_grad()
 def test_embeddings_can_be_given_until_a_recompute_would_need_ids() -> None:
     model = toy_model()
     config = toy_config(model, "sequence")

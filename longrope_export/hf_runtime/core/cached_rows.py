@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
         first_keys: layer -> keys of the first columns as they were computed, where they are kept
             so that rounding does not add up from border to border.
         first_tiers: (batch, columns) the tiers under which those were computed.
+        definition: whose tiers these are, or None while empty.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
         self.tiers: Tensor | None = None
         self.first_keys: dict[int, Tensor] = {}
         self.first_tiers: Tensor | None = None
+        self.definition: Mapping[str, Any] | None = None
         self._parts: list[Columns] = []
         self._length = 0
 
@@ -70,8 +72,9 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
         """Number of cached columns, padding included."""
         return self._length
 
-    def extend(self, columns: Columns, tiers: Tensor) -> None:
+    def extend(self, columns: Columns, tiers: Tensor, definition: Mapping[str, Any]) -> None:
         """Add the tokens of a forward, after which all keys of a row stand under its tier."""
+        self.definition = definition
         self._parts.append(columns)
         self._length += columns.positions.shape[1]
         self.tiers = tiers
@@ -91,7 +94,7 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.tiers, self._parts, self._length = None, [], 0
-        self.first_keys, self.first_tiers = {}, None
+        self.first_keys, self.first_tiers, self.definition = {}, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and self._length:
@@ -146,11 +149,14 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
         return later if self.first_tiers is None else torch.cat((self.first_tiers, later), dim=1)
 
 
-def known_rows(cache: Any, error: type[Exception]) -> CachedRows | None:
+def known_rows(
+    cache: Any, definition: Mapping[str, Any], error: type[Exception]
+) -> CachedRows | None:
     """What the runtime knows of a cache that a forward is called with; None for an empty one.
 
     Raises:
-        error: an unknown kind of cache, or one that was filled or cut behind the runtime's back.
+        error: an unknown kind of cache, one that was filled or cut behind the runtime's back, or
+            one that was filled under another definition.
     """
     if cache is None:
         return None
@@ -162,6 +168,11 @@ def known_rows(cache: Any, error: type[Exception]) -> CachedRows | None:
         raise error(
             f"the cache holds {held} tokens of which the runtime has seen {seen}: it must be "
             f"filled by this model after the runtime was put on it, and cut only with cache.crop"
+        )
+    if rows and rows.definition not in (None, definition):
+        raise error(
+            "the cache was filled under another LongRoPE definition than the one now on the "
+            "model: start with an empty cache"
         )
     return rows
 

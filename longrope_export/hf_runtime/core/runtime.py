@@ -147,7 +147,7 @@ class Runtime:
         batch, num_new = tokens.shape[:2]
         cache: Any = inputs.get("past_key_values")
         mask: Any = inputs.get("attention_mask")
-        rows = known_rows(cache, self.error)
+        rows = known_rows(cache, self.definition, self.error)
         num_cached = rows.length if rows else 0
         given = inputs.get("position_ids")
         positions = find_positions(given, mask, batch, num_cached, num_new)
@@ -201,9 +201,8 @@ class Runtime:
             rows = CachedRows()
             cache.layers.append(rows)
         ids = kwargs.get("input_ids") if not self.planner.is_causal else None
-        rows.extend(
-            Columns(plan.positions, plan.real, None if ids is None else ids.cpu()), plan.rows
-        )
+        columns = Columns(plan.positions, plan.real, None if ids is None else ids.cpu())
+        rows.extend(columns, plan.rows, self.definition)
 
     def _change_tiers(
         self, cache: Any, rows: CachedRows, tiers: Tensor, device: torch.device
