@@ -428,6 +428,40 @@ def test_a_cache_belongs_to_the_definition_that_filled_it() -> None:
     model(ids, past_key_values=cache)
 
 
+@pytest.mark.parametrize("switch", ["causal", "sequence"])
+@torch.no_grad()
+def test_a_cache_is_refused_after_a_change_of_tier_that_failed(switch: str) -> None:
+    model = toy_model()
+    ids = some_ids(1, 20)
+    apply_longrope(model, toy_config(model, switch))
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :5], past_key_values=cache)
+
+    class FullMemory(Exception):
+        pass
+
+    def fail(*_: Any) -> None:
+        raise FullMemory
+
+    if switch == "causal":  # the second layer cannot be turned
+        keys, cache.layers[1].keys = cache.layers[1].keys, None
+        failures: tuple[type[Exception], ...] = (AttributeError,)
+    else:
+        hook = model.model.layers[0].register_forward_pre_hook(fail)
+        failures = (FullMemory,)
+    with pytest.raises(failures):
+        model(ids[:, 5:8], past_key_values=cache)
+    if switch == "causal":
+        cache.layers[1].keys = keys
+    else:
+        hook.remove()
+    with pytest.raises(LongRopeError, match="start with an empty cache"):
+        model(ids[:, 5:8], past_key_values=cache)
+    cache.reset()
+    whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, whole)
+
+
 @torch.no_grad()
 def test_embeddings_can_be_given_until_a_recompute_would_need_ids() -> None:
     model = toy_model()
