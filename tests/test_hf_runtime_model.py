@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -347,6 +350,40 @@ def test_a_copy_of_the_model_is_its_own() -> None:
     assert torch.equal(other(ids).logits, with_tiers)
     remove_longrope(other)
     assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("switch", ["causal", "sequence"])
+@torch.no_grad()
+def test_threads_run_one_model_side_by_side(switch: str) -> None:
+    model = toy_model()
+    apply_longrope(model, toy_config(model, switch))
+    ids = some_ids(1, 20)
+    lengths = (5, 20)
+    expected = [model(ids[:, :n]).logits for n in lengths]
+    meet = threading.Barrier(2, timeout=60)
+
+    def wait(*_: Any) -> None:
+        """Both forwards have made their plans before either asks for angles."""
+        meet.wait()
+
+    model.model.rotary_emb.register_forward_pre_hook(wait)
+
+    def run(length: int) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(ids[:, :length]).logits
+        return logits
+
+    with ThreadPoolExecutor(2) as pool:
+        for got, whole in zip(pool.map(run, lengths), expected, strict=True):
+            torch.testing.assert_close(got, whole)
+
+
+@torch.no_grad()
+def test_a_pickled_model_keeps_its_definition() -> None:
+    model = toy_model()
+    apply_longrope(model, toy_config(model))
+    ids = some_ids(1, 20)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)
 
 
 def test_models_and_configs_that_do_not_fit_are_refused() -> None:
