@@ -349,6 +349,23 @@ def find_text_model(model: nn.Module, error: type[Exception]) -> Any:
     return found[0]
 
 
+def has_definition(text_model: Any, error: type[Exception]) -> bool:
+    """Whether a definition of this runtime is at work on a text model.
+
+    Raises:
+        error: one is, but by another copy of this code, as in a folder with trust_remote_code.
+    """
+    rotary = text_model.rotary_emb
+    if isinstance(rotary, TieredRotary):
+        return True
+    if type(rotary).__name__ == TieredRotary.__name__:
+        raise error(
+            f"this model came with a LongRoPE definition of its own, in {type(rotary).__module__}: "
+            f"load it without trust_remote_code to use another definition or none"
+        )
+    return False
+
+
 def install(
     model: nn.Module,
     definition: Mapping[str, Any],
@@ -362,6 +379,6 @@ def install(
         error: an unknown model, one that has a definition already, or one that it does not fit.
     """
     text_model = find_text_model(model, error)
-    if isinstance(text_model.rotary_emb, TieredRotary):
+    if has_definition(text_model, error):
         raise error("this model has a LongRoPE definition already: remove_longrope first")
     return Runtime(text_model, definition, pin_length, keep_keys, error)
