@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from tiny_models import edit_json
 
 from longrope_export.errors import UnsupportedError
 from longrope_export.factor_files import to_json
+from longrope_export.hf_runtime import apply_longrope, remove_longrope
 from longrope_export.hf_runtime.remote_code import ARCHITECTURES, CONFIG_KEY, modeling_source
 
 # without longrope_export; chunks through a cache over both borders, then a frozen tier
@@ -78,6 +80,23 @@ def test_folders_load_in_a_process_without_this_package(tmp_path: Path) -> None:
         torch.testing.assert_close(got["cached"][0], causal, atol=1e-4, rtol=0)
         torch.testing.assert_close(got["frozen"][0], frozen, atol=1e-4, rtol=0)
         assert got["tokens"].shape == (1, 15)
+
+
+def test_a_model_with_its_own_code_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toy_model()
+    config = toy_config(model)
+    _, class_name, text = modeling_source("LlamaForCausalLM")
+    (tmp_path / "own_modeling_code.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    setattr(model.config, CONFIG_KEY, to_json(config))
+    trusted = getattr(importlib.import_module("own_modeling_code"), class_name)(model.config)
+    message = "definition of its own, in own_modeling_code: load it without trust_remote_code"
+    with pytest.raises(UnsupportedError, match=message):
+        apply_longrope(trusted, config)
+    with pytest.raises(UnsupportedError, match=message):
+        remove_longrope(trusted)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

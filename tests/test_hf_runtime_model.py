@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from hf_reference import THETA, VOCAB, reference_logits, toy_config, toy_model
+from hf_reference import THETA, VOCAB, reference_logits, tier_index, toy_config, toy_model
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -120,6 +123,61 @@ def test_flash_attention_is_cut_by_its_own_rules(family: str) -> None:
     positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
     with pytest.raises(LongRopeError, match=r"packed documents .* flash attention; use .*sdpa"):
         model(ids[:1], position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("additive", [False, True])
+@torch.no_grad()
+def test_masks_that_show_later_keys_are_not_cut(kernel: str, additive: bool) -> None:
+    """In one layer a token depends on its own tier only, so frozen passes, never cut, tell it."""
+    model = toy_model(num_hidden_layers=1)
+    model.set_attn_implementation(kernel)
+    config = toy_config(model)
+    ids = some_ids(1, 20)
+    visible = torch.ones(20, 20).tril().bool()
+    visible[:16, :16] = True  # a prefix over both borders
+    mask: Tensor = visible[None, None]
+    if additive:
+        mask = torch.zeros(1, 1, 20, 20).masked_fill(~mask, torch.finfo(torch.float32).min)
+    runtime = apply_longrope(model, config)
+    causal = model(ids).logits[0]
+    frozen = []
+    for tier in range(3):
+        runtime.freeze(tier)
+        frozen.append(model(ids, attention_mask=mask).logits[0])
+    runtime.freeze(None)
+    expected = torch.stack([frozen[tier_index(config, p + 1)][p] for p in range(20)])
+    assert (expected - causal)[:6].abs().max() > 0.05
+    got = model(ids, attention_mask=mask).logits[0]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :3], attention_mask=mask[:, :, :3, :3], past_key_values=cache)
+    later = model(ids[:, 3:], attention_mask=mask[:, :, 3:], past_key_values=cache).logits[0]
+    torch.testing.assert_close(later, expected[3:], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_bidirectional_attention_across_borders() -> None:
+    model = toy_model(
+        "Gemma3",
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+        use_bidirectional_attention=True,
+    )
+    config = toy_config(model, layers=None)
+    ids = some_ids(1, 20)
+    runtime = apply_longrope(model, config)
+    got = model(ids, use_cache=False).logits[0]
+    for tier, start, stop in ((0, 0, 6), (1, 6, 13), (2, 13, 20)):
+        runtime.freeze(tier)
+        frozen = model(ids, use_cache=False).logits[0]
+        torch.testing.assert_close(got[start:stop], frozen[start:stop], atol=1e-4, rtol=0)
+    runtime.freeze(None)
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+    )
+    with pytest.raises(LongRopeError, match=r"bidirectional attention .* only with a 4D mask"):
+        model(ids, use_cache=False)
 
 
 @torch.no_grad()
@@ -294,6 +352,40 @@ def test_a_copy_of_the_model_is_its_own() -> None:
     assert torch.equal(other(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("switch", ["causal", "sequence"])
+@torch.no_grad()
+def test_threads_run_one_model_side_by_side(switch: str) -> None:
+    model = toy_model()
+    apply_longrope(model, toy_config(model, switch))
+    ids = some_ids(1, 20)
+    lengths = (5, 20)
+    expected = [model(ids[:, :n]).logits for n in lengths]
+    meet = threading.Barrier(2, timeout=60)
+
+    def wait(*_: Any) -> None:
+        """Both forwards have made their plans before either asks for angles."""
+        meet.wait()
+
+    model.model.rotary_emb.register_forward_pre_hook(wait)
+
+    def run(length: int) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(ids[:, :length]).logits
+        return logits
+
+    with ThreadPoolExecutor(2) as pool:
+        for got, whole in zip(pool.map(run, lengths), expected, strict=True):
+            torch.testing.assert_close(got, whole)
+
+
+@torch.no_grad()
+def test_a_pickled_model_keeps_its_definition() -> None:
+    model = toy_model()
+    apply_longrope(model, toy_config(model))
+    ids = some_ids(1, 20)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)
+
+
 def test_models_and_configs_that_do_not_fit_are_refused() -> None:
     model = toy_model()
     fits = toy_config(model)
@@ -349,6 +441,57 @@ def test_forwards_that_cannot_be_right_are_refused() -> None:
     with pytest.raises(LongRopeError, match="layer 1 of the cache is a SomebodyElsesLayer"):
         model(ids[:, 4:7], past_key_values=held)
     assert not (runtime.tiers(held) != 0).any(), "nothing was turned"
+
+
+@torch.no_grad()
+def test_a_cache_belongs_to_the_definition_that_filled_it() -> None:
+    model = toy_model()
+    config = toy_config(model)
+    ids = some_ids(1, 20)
+    expected = reference_logits(model, config, ids[0], None)
+    apply_longrope(model, config)
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    remove_longrope(model)
+    apply_longrope(model, toy_config(model, lengths=(6, 9, 24)))
+    with pytest.raises(LongRopeError, match="filled under another LongRoPE definition"):
+        model(ids[:, 10:], past_key_values=cache)
+    remove_longrope(model)
+    apply_longrope(model, toy_config(model))
+    rest = model(ids[:, 10:], past_key_values=cache).logits[0]
+    torch.testing.assert_close(rest, expected[10:], atol=1e-4, rtol=0)
+    remove_longrope(model)
+    apply_longrope(model, toy_config(model, lengths=(6, 9, 24)))
+    cache.reset()
+    model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("switch", ["causal", "sequence"])
+@torch.no_grad()
+def test_a_cache_is_refused_after_a_change_of_tier_that_failed(switch: str) -> None:
+    model = toy_model()
+    ids = some_ids(1, 20)
+    apply_longrope(model, toy_config(model, switch))
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :5], past_key_values=cache)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    if switch == "causal":  # the first layer is turned, the second has no keys to turn
+        keys, cache.layers[1].keys = cache.layers[1].keys, None
+        with pytest.raises(AttributeError):
+            model(ids[:, 5:8], past_key_values=cache)
+        cache.layers[1].keys = keys
+    else:
+        hook = model.model.layers[0].register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(ids[:, 5:8], past_key_values=cache)
+        hook.remove()
+    with pytest.raises(LongRopeError, match="start with an empty cache"):
+        model(ids[:, 5:8], past_key_values=cache)
+    cache.reset()
+    whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, whole)
 
 
 @torch.no_grad()

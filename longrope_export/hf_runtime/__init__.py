@@ -95,11 +95,12 @@ def remove_longrope(model: nn.Module) -> None:
     """Take the config off again; the model is then as it was before apply_longrope.
 
     Raises:
-        UnsupportedError: no config is at work on the model.
+        UnsupportedError: no config is at work on the model, or the one of its folder's own code
+            (trust_remote_code).
     """
-    from longrope_export.hf_runtime.core.runtime import TieredRotary, find_text_model
+    from longrope_export.hf_runtime.core.runtime import find_text_model, has_definition
 
     text_model = find_text_model(model, UnsupportedError)
-    if not isinstance(text_model.rotary_emb, TieredRotary):
+    if not has_definition(text_model, UnsupportedError):
         raise UnsupportedError(f"{type(model).__name__}: no LongRoPE config is at work on it")
     text_model.rotary_emb.runtime.remove()

@@ -125,13 +125,16 @@ class SegmentedPass:
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """The attention of one layer, segment by segment, joined."""
-        self.check(name, mask, kwargs)
+        self.check(name, module, mask, kwargs)
         cached, width = self.plan.num_cached, key.shape[2]
         # sliding-window layers hold the last keys only, static caches have free columns at the end
         first = max(self.plan.key_positions.shape[1] - width, 0)
+        filled = min(self.plan.key_positions.shape[1], width)
         outputs, weights = [], []
         for segment in self.plan.segments:
             stop = cached + segment.stop - first  # one past the last key that these queries see
+            if self.permits_later_keys(mask, segment, stop):
+                stop = filled
             keys, queries = key[:, :, :stop], query[:, :, segment.start : segment.stop]
             if not torch.equal(segment.tiers, self.plan.rows):
                 cos, sin = self.turn_of(segment, query.device)
@@ -164,13 +167,35 @@ class SegmentedPass:
             segment.turn = turn
         return turn
 
-    def check(self, name: str, mask: Any, kwargs: dict[str, Any]) -> None:
+    @staticmethod
+    def permits_later_keys(mask: Any, segment: Any, stop: int) -> bool:
+        """Whether a 4D mask shows the queries of a segment any key from `stop` on.
+
+        Prefix-LM masks and bidirectional attention do. An additive mask hides with the lowest
+        number of its dtype or with -inf.
+        """
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            return False
+        later = mask[:, :, segment.start : segment.stop, stop:]
+        if later.dtype != torch.bool:
+            later = later > torch.finfo(later.dtype).min
+        return bool(later.any())
+
+    def check(self, name: str, module: Any, mask: Any, kwargs: dict[str, Any]) -> None:
         is_flash = "flash" in name
         known = is_flash or name in ("eager", "sdpa")
         if not known or not (mask is None or isinstance(mask, Tensor)):
             raise self.error(
                 f"attention {name!r} cannot be cut at a tier border; use eager, sdpa or flash "
                 f"attention (model.set_attn_implementation('sdpa'))"
+            )
+        is_causal = kwargs.get("is_causal")
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        if not is_causal and (mask is None or mask.ndim != 4):
+            raise self.error(
+                "bidirectional attention can be cut at a tier border only with a 4D mask; use "
+                "model.set_attn_implementation('sdpa') and give attention_mask in 4D"
             )
         positions = self.plan.positions
         if is_flash and (

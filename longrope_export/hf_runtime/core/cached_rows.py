@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,8 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
         first_keys: layer -> keys of the first columns as they were computed, where they are kept
             so that rounding does not add up from border to border.
         first_tiers: (batch, columns) the tiers under which those were computed.
+        definition: whose tiers these are, or None while empty.
+        is_broken: whether a change of tier began and did not end; only a reset clears it then.
     """
 
     def __init__(self) -> None:
@@ -56,6 +58,8 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
         self.tiers: Tensor | None = None
         self.first_keys: dict[int, Tensor] = {}
         self.first_tiers: Tensor | None = None
+        self.definition: Mapping[str, Any] | None = None
+        self.is_broken = False
         self._parts: list[Columns] = []
         self._length = 0
 
@@ -70,8 +74,9 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
         """Number of cached columns, padding included."""
         return self._length
 
-    def extend(self, columns: Columns, tiers: Tensor) -> None:
+    def extend(self, columns: Columns, tiers: Tensor, definition: Mapping[str, Any]) -> None:
         """Add the tokens of a forward, after which all keys of a row stand under its tier."""
+        self.definition = definition
         self._parts.append(columns)
         self._length += columns.positions.shape[1]
         self.tiers = tiers
@@ -91,7 +96,8 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.tiers, self._parts, self._length = None, [], 0
-        self.first_keys, self.first_tiers = {}, None
+        self.first_keys, self.first_tiers, self.definition = {}, None, None
+        self.is_broken = False
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and self._length:
@@ -146,22 +152,35 @@ class CachedRows(DummyLayer):  # type: ignore[misc]
         return later if self.first_tiers is None else torch.cat((self.first_tiers, later), dim=1)
 
 
-def known_rows(cache: Any, error: type[Exception]) -> CachedRows | None:
+def known_rows(
+    cache: Any, definition: Mapping[str, Any], error: type[Exception]
+) -> CachedRows | None:
     """What the runtime knows of a cache that a forward is called with; None for an empty one.
 
     Raises:
-        error: an unknown kind of cache, or one that was filled or cut behind the runtime's back.
+        error: an unknown kind of cache, one that was filled or cut behind the runtime's back, one
+            that was filled under another definition, or one whose last change of tier failed.
     """
     if cache is None:
         return None
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise error(f"cache of type {type(cache).__name__} is not known; use DynamicCache")
     rows, held = CachedRows.of(cache), int(cache.get_seq_length())
+    if rows and rows.is_broken:
+        raise error(
+            "a forward failed while the keys of this cache were being brought to another tier, so "
+            "they can no longer be told apart: start with an empty cache, or cache.reset()"
+        )
     seen = rows.length if rows else 0
     if held != seen:
         raise error(
             f"the cache holds {held} tokens of which the runtime has seen {seen}: it must be "
             f"filled by this model after the runtime was put on it, and cut only with cache.crop"
+        )
+    if rows and rows.definition not in (None, definition):
+        raise error(
+            "the cache was filled under another LongRoPE definition than the one now on the "
+            "model: start with an empty cache"
         )
     return rows
 
@@ -199,6 +218,7 @@ def turn_cache(
         keep_keys = is_half and len(tables.borders) > KEEP_ABOVE
     positions, computed = rows.columns().positions, rows.computed_tiers()
     turns: dict[Any, tuple[Tensor, Tensor]] = {}
+    rows.is_broken = True  # until every layer is turned
     for index, layer in held_layers:
         keys = layer.keys
         # a sliding-window layer holds the last keys only; free columns of a static one come after
@@ -224,7 +244,7 @@ def turn_cache(
             rows.first_keys[index] = source
     if keep_keys:
         rows.first_tiers = computed
-    rows.tiers = tiers
+    rows.tiers, rows.is_broken = tiers, False
 
 
 def recompute_cache(
@@ -246,10 +266,14 @@ def recompute_cache(
             "apply_longrope, or use input_ids"
         )
     cache.reset()
-    text_model(
-        input_ids=columns.input_ids.to(device),
-        attention_mask=None if columns.real.all() else columns.real.long().to(device),
-        position_ids=columns.positions.to(device),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    try:
+        text_model(
+            input_ids=columns.input_ids.to(device),
+            attention_mask=None if columns.real.all() else columns.real.long().to(device),
+            position_ids=columns.positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    except BaseException:
+        rows.is_broken = True  # empty, or filled in some layers: not what the caller goes on from
+        raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +83,24 @@ class TieredRotary(nn.Module):
         return pair
 
 
+class UnderWay(threading.local):
+    """What the runtimes are computing in this thread; two threads may run one model.
+
+    Outside of the runtimes, so that models can be copied and pickled.
+
+    Attributes:
+        plans: of the forward that runs.
+        forced: tiers of the rows while a cache is recomputed.
+    """
+
+    def __init__(self) -> None:
+        self.plans: WeakKeyDictionary[Runtime, Plan] = WeakKeyDictionary()
+        self.forced: WeakKeyDictionary[Runtime, Tensor] = WeakKeyDictionary()
+
+
+UNDER_WAY = UnderWay()
+
+
 class Runtime:
     """One text model under one definition; made by `install`.
 
@@ -115,8 +135,6 @@ class Runtime:
         # gemma3's rotary embedding tells its two kinds of layers apart by itself
         asked = self._full_attention_layers() or frozenset(range(self.num_layers))
         self.rescales_every_layer = self.rescaled >= asked
-        self._plan: Plan | None = None
-        self._forced: Tensor | None = None  # tiers of the rows while a cache is recomputed
         self._parameters = list(inspect.signature(text_model.forward).parameters)
         self._install()
 
@@ -147,13 +165,14 @@ class Runtime:
         batch, num_new = tokens.shape[:2]
         cache: Any = inputs.get("past_key_values")
         mask: Any = inputs.get("attention_mask")
-        rows = known_rows(cache, self.error)
+        rows = known_rows(cache, self.definition, self.error)
         num_cached = rows.length if rows else 0
         given = inputs.get("position_ids")
         positions = find_positions(given, mask, batch, num_cached, num_new)
         real = find_real_tokens(mask, batch, num_cached, num_new)
-        if self._forced is not None:
-            plan = Plan(0, positions, real, self._forced[:, None], self._forced)
+        forced = UNDER_WAY.forced.get(self)
+        if forced is not None:
+            plan = Plan(0, positions, real, forced[:, None], forced)
         else:
             plan = self.planner.plan(positions, real, num_cached, rows.tiers if rows else None)
         if rows and rows.tiers is not None and not torch.equal(rows.tiers, plan.rows):
@@ -166,7 +185,7 @@ class Runtime:
             inputs["longrope_query_scale"] = self._query_scale(positions, tokens.device)
         if given is None:
             inputs["position_ids"] = positions.to(tokens.device)
-        self._plan = plan
+        UNDER_WAY.plans[self] = plan
         return (), inputs
 
     def cos_sin(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,17 +196,18 @@ class Runtime:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _rotary_tiers(self, position_ids: Tensor) -> Tensor:
-        if self._plan is None:
+        plan = UNDER_WAY.plans.get(self)
+        if plan is None:
             raise self.error(
                 "the rotary embedding was called outside of the text model's forward: the runtime "
                 "does not know which sequence this is"
             )
-        return self._plan.tokens
+        return plan.tokens
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_forward(self, _: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Notes which tokens the cache now holds, and under which tier."""
-        plan, self._plan = self._plan, None
+        plan = UNDER_WAY.plans.pop(self, None)
         cache = kwargs.get("past_key_values")
         if cache is None:
             found = output if isinstance(output, tuple) else output.values()
@@ -201,9 +221,8 @@ class Runtime:
             rows = CachedRows()
             cache.layers.append(rows)
         ids = kwargs.get("input_ids") if not self.planner.is_causal else None
-        rows.extend(
-            Columns(plan.positions, plan.real, None if ids is None else ids.cpu()), plan.rows
-        )
+        columns = Columns(plan.positions, plan.real, None if ids is None else ids.cpu())
+        rows.extend(columns, plan.rows, self.definition)
 
     def _change_tiers(
         self, cache: Any, rows: CachedRows, tiers: Tensor, device: torch.device
@@ -211,11 +230,11 @@ class Runtime:
         if self.planner.is_causal:
             turn_cache(cache, rows, tiers, self.rescaled, self.tables, self.keep_keys, self.error)
             return
-        self._forced = tiers
+        UNDER_WAY.forced[self] = tiers
         try:
             recompute_cache(cache, rows, self.text_model, device, self.error)
         finally:
-            self._forced = None
+            del UNDER_WAY.forced[self]
 
     # -- what the layers get
 
@@ -330,6 +349,23 @@ def find_text_model(model: nn.Module, error: type[Exception]) -> Any:
     return found[0]
 
 
+def has_definition(text_model: Any, error: type[Exception]) -> bool:
+    """Whether a definition of this runtime is at work on a text model.
+
+    Raises:
+        error: one is, but by another copy of this code, as in a folder with trust_remote_code.
+    """
+    rotary = text_model.rotary_emb
+    if isinstance(rotary, TieredRotary):
+        return True
+    if type(rotary).__name__ == TieredRotary.__name__:
+        raise error(
+            f"this model came with a LongRoPE definition of its own, in {type(rotary).__module__}: "
+            f"load it without trust_remote_code to use another definition or none"
+        )
+    return False
+
+
 def install(
     model: nn.Module,
     definition: Mapping[str, Any],
@@ -343,6 +379,6 @@ def install(
         error: an unknown model, one that has a definition already, or one that it does not fit.
     """
     text_model = find_text_model(model, error)
-    if isinstance(text_model.rotary_emb, TieredRotary):
+    if has_definition(text_model, error):
         raise error("this model has a LongRoPE definition already: remove_longrope first")
     return Runtime(text_model, definition, pin_length, keep_keys, error)
