@@ -171,11 +171,15 @@ class LongRopeConfig:
         Raises:
             ConfigError: length is below 1 or beyond the last tier.
         """
+        return self.tiers[self.tier_index(length)]
+
+    def tier_index(self, length: int) -> int:
+        """The place of select_tier(length) in `tiers`; raises as it does."""
         if length < 1:
             raise ConfigError(f"length must be at least 1 token, got {length}")
-        for tier in self.tiers:
+        for index, tier in enumerate(self.tiers):
             if length <= tier.max_length:
-                return tier
+                return index
         raise ConfigError(
             f"length {length} is beyond max_position_embeddings {self.max_position_embeddings}: "
             f"make factors for a longer target"

@@ -183,18 +183,14 @@ def _genai_builder(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
     # the runtime recomputes at 4097 tokens, for phi3 alone and whatever the model says
     recomputed = config.tiers[0].max_length == 4096
     keys = "keys are recomputed" if recomputed else "cached keys stay as they are"
+    cells = _transformers(config, model)
     return {
-        "first_tier": YES,
-        "last_tier": YES,
-        "middle_tiers": Cell(Verdict.NO, "short and long only"),
+        **cells,
         "switch": Cell(
-            Verdict.PARTLY if config.switch is SwitchPolicy.SEQUENCE else Verdict.NO,
+            cells["switch"].verdict,
             f"by the longest sequence of the batch; when one crosses, {keys}",
         ),
         "attention_factor": _one_attention_factor(config, "the last tier's, at every length"),
-        "num_start_tokens": Cell(Verdict.NO, "every position is rescaled"),
-        "logit_scaling": Cell(Verdict.NO, "logits are not scaled"),
-        "layers": Cell(Verdict.NO, "every layer"),
     }
 
 

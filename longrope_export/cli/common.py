@@ -112,6 +112,13 @@ def force_option(command: F) -> F:
     return click.option("-f", "--force", is_flag=True, help="Replace an existing output.")(command)
 
 
+def switch_option(command: F) -> F:
+    """The rule at a tier border, instead of the factor file's."""
+    return click.option(
+        "--switch", type=click.Choice(["causal", "sequence"]), help="Override the file's."
+    )(command)
+
+
 def verify_option(command: F) -> F:
     return click.option(
         "--verify",

@@ -18,6 +18,7 @@ from longrope_export.cli.common import (
     model_options,
     say,
     say_report,
+    switch_option,
     verify_option,
 )
 
@@ -25,7 +26,7 @@ from longrope_export.cli.common import (
 @click.command(context_settings=CONTEXT_SETTINGS)
 @model_options
 @factor_options
-@click.option("--switch", type=click.Choice(["causal", "sequence"]), help="Override the file's.")
+@switch_option
 @click.option(
     "-o",
     "--output",

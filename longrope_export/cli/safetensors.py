@@ -18,6 +18,7 @@ from longrope_export.cli.common import (
     model_options,
     say,
     say_report,
+    switch_option,
     verify_option,
 )
 
@@ -27,7 +28,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 @click.command(context_settings=CONTEXT_SETTINGS)
 @model_options
 @factor_options
-@click.option("--switch", type=click.Choice(["causal", "sequence"]), help="Override the file's.")
+@switch_option
 @click.option("-o", "--output", type=OUTPUT_PATH, help="Folder [MODEL-longrope beside MODEL].")
 @click.option(
     "--remote-code",

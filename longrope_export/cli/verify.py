@@ -19,6 +19,7 @@ from longrope_export.cli.common import (
     print_json,
     say,
     share_progress,
+    switch_option,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _MISSED = 1
 @click.command(context_settings=CONTEXT_SETTINGS)
 @click.argument("paths", nargs=-1, required=True, metavar="MODEL EXPORT...")
 @factor_options
-@click.option("--switch", type=click.Choice(["causal", "sequence"]), help="Override the file's.")
+@switch_option
 @click.option(
     "--length",
     type=click.IntRange(min=2),

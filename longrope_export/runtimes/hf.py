@@ -91,7 +91,7 @@ class HfModel:
     ) -> HfSequence:
         """An empty sequence; under `sequence` a declared length freezes its tier until the next."""
         pinned = declared_length and self._used.switch is SwitchPolicy.SEQUENCE
-        self._freeze(self._tier_index(declared_length or 0) if pinned else None)
+        self._freeze(self._used.tier_index(declared_length or 0) if pinned else None)
         return HfSequence(self, chunk_size, first_position)
 
     def batch(self, sequences: Sequence[Tokens], keep: int) -> list[Logits]:
@@ -133,9 +133,6 @@ class HfModel:
     def _freeze(self, tier_index: int | None) -> None:
         if self._runtime is not None:
             self._runtime.freeze(tier_index)
-
-    def _tier_index(self, length: int) -> int:
-        return self._used.tiers.index(self._used.select_tier(length))
 
 
 class HfSequence:

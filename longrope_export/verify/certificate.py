@@ -20,7 +20,12 @@ from longrope_export.factor_files import from_json, to_json
 from longrope_export.gguf_format import MAGIC, PADDING_KEY, read_header
 from longrope_export.runtimes.base import Runtime
 from longrope_export.runtimes.open import Export, open_runtime
-from longrope_export.verify.compare import LOGITS_PER_RADIAN, Limit, float32_angle_error
+from longrope_export.verify.compare import (
+    LOGITS_PER_RADIAN,
+    Limit,
+    float32_angle_error,
+    log_softmax,
+)
 from longrope_export.verify.run import CaseResult, ExportResult, Probe
 
 FORMAT = "longrope-certificate"
@@ -286,8 +291,8 @@ def _check_export(
 
 def _check_probe(runtime: Runtime, probe: Probe, limit: Limit) -> list[str]:
     sequence = runtime.start(declared_length=probe.declared_length, first_position=probe.origin)
-    logits = sequence.append(probe.tokens, keep=len(probe.top_tokens)).astype(np.float64)
-    log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    logits = sequence.append(probe.tokens, keep=len(probe.top_tokens))
+    log_p = log_softmax(logits.astype(np.float64))
     got = np.take_along_axis(log_p, np.asarray(probe.top_tokens), 1)
     right = np.asarray(probe.log_probabilities)
     kl = float((np.exp(right) * (right - got)).sum(1).max())

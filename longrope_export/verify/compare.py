@@ -125,7 +125,7 @@ def compare(
         return _join([compare(logits[part], expected[part], following[part]) for part in parts])
     got = logits[:, : expected.shape[1]].astype(np.float64)
     right = expected.astype(np.float64)
-    log_got, log_right = _log_softmax(got), _log_softmax(right)
+    log_got, log_right = log_softmax(got), log_softmax(right)
     kl = (np.exp(log_right) * (log_right - log_got)).sum(1)
     loss = [
         np.nan if token is None else log_right[row, token] - log_got[row, token]
@@ -168,10 +168,10 @@ def compare_log_probabilities(
         return _join(
             [compare_log_probabilities(given[p], expected[p], following[p]) for p in parts]
         )
-    log_right = _log_softmax(expected.astype(np.float64))
+    log_right = log_softmax(expected.astype(np.float64))
     log_got = np.where(named, given.astype(np.float64), -np.inf)
     whole = named.all(1)
-    log_got[whole] = _log_softmax(log_got[whole])
+    log_got[whole] = log_softmax(log_got[whole])
     log_right = np.maximum(log_right, _SMALLEST)
     log_got = np.where(named, np.maximum(log_got, _SMALLEST), -np.inf)
     right, got = np.exp(log_right), np.exp(log_got)
@@ -203,7 +203,8 @@ def _join(parts: list[Difference]) -> Difference:
     return Difference(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
 
 
-def _log_softmax(logits: Floats) -> Floats:
+def log_softmax(logits: Floats) -> Floats:
+    """(n, vocabulary) natural logarithms of probabilities."""
     shifted = logits - logits.max(1, keepdims=True)
     result: Floats = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     return result

@@ -7,7 +7,7 @@ border of an inner batch, each tier border, and the longest length.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
@@ -102,7 +102,7 @@ def _from_the_start(config: LongRopeConfig, limit: int) -> list[Case]:
         chunks = Case(f"chunks of {chunk_size}", _whole(stops, end), chunk_size)
         steps = [Case("one by one over borders", _steps(borders, limit))] if borders else []
         return [whole, chunks, *steps, batch]
-    ends = sorted({limit, *(b for b in borders), *(b + 1 for b in borders if b < limit)})
+    ends = sorted({limit, *borders, *(b + 1 for b in borders if b < limit)})
     cases = []
     for end in ends:
         appends = _whole(_stops(config, [], end), end)
@@ -126,8 +126,8 @@ def _jumps(config: LongRopeConfig, limit: int) -> list[Case]:
     for border in borders:
         before = _before(border, limit)
         origin = border - before
-        steps = _walk([before], min(before + _SINGLE, target - origin))
-        cases.append(Case(f"from position {origin}, one by one", tuple(steps), origin=origin))
+        steps = _steps([before], min(before + _SINGLE, target - origin))
+        cases.append(Case(f"from position {origin}, one by one", steps, origin=origin))
     return cases
 
 
@@ -141,7 +141,7 @@ def rows_of(case: Case, config: LongRopeConfig) -> list[Row]:
     causal = config.switch is SwitchPolicy.CAUSAL
 
     def row(position: int, length: int) -> Row:
-        tier = tier_index(config, position + 1 if causal else length)
+        tier = config.tier_index(position + 1 if causal else length)
         return Row(position, tier, case.origin)
 
     if case.batch:
@@ -167,8 +167,8 @@ def of_prefixes(case: Case, config: LongRopeConfig) -> Case:
         return case
 
     def kept(end: int, keep: int, length: int) -> int:
-        tier = tier_index(config, length)
-        return sum(tier_index(config, p + 1) == tier for p in range(end - keep, end))
+        tier = config.tier_index(length)
+        return sum(config.tier_index(p + 1) == tier for p in range(end - keep, end))
 
     appends, end = [], case.origin
     for append in case.appends:
@@ -177,10 +177,6 @@ def of_prefixes(case: Case, config: LongRopeConfig) -> Case:
         appends.append(Append(append.count, keep))
     batch_keep = min((kept(n, case.batch_keep, n) for n in case.batch), default=1)
     return replace(case, appends=tuple(appends), batch_keep=batch_keep)
-
-
-def tier_index(config: LongRopeConfig, length: int) -> int:
-    return config.tiers.index(config.select_tier(length))
 
 
 def checked_borders(config: LongRopeConfig, limit: int) -> list[int]:
@@ -206,17 +202,14 @@ def _whole(stops: list[int], limit: int) -> tuple[Append, ...]:
 
 
 def _steps(borders: list[int], limit: int) -> tuple[Append, ...]:
-    return tuple(_walk(borders, limit))
-
-
-def _walk(borders: list[int], limit: int) -> Iterator[Append]:
     """A prefill up to just before each border, then single tokens over it."""
-    position = 0
+    appends, position = [], 0
     for border in borders:
         begin = border - _SINGLE
         if begin > position:
-            yield Append(begin - position, 1)
+            appends.append(Append(begin - position, 1))
             position = begin
         while position < min(border + _SINGLE, limit):
-            yield Append(1, 1)
+            appends.append(Append(1, 1))
             position += 1
+    return tuple(appends)

@@ -21,6 +21,7 @@ from longrope_export.verify.compare import (
     compare_log_probabilities,
     float32_angle_error,
     limit_for,
+    log_softmax,
 )
 from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
 from longrope_export.verify.reference import Reference
@@ -138,8 +139,7 @@ class ReferenceRows:
     def _probe(self, case: Case, config: LongRopeConfig, tokens: Sequence[int]) -> Probe:
         first = case.appends[0]  # the rows of one call lie side by side
         rows = rows_of(case, config)[: first.keep][-_PROBE_ROWS:]
-        logits = self.of(rows).astype(np.float64)
-        log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        log_p = log_softmax(self.of(rows).astype(np.float64))
         top = np.argsort(-log_p, axis=1)[:, :_PROBE_TOP]
         return Probe(
             tokens=list(tokens[: rows[-1].position - case.origin + 1]),
