@@ -142,7 +142,7 @@ def _run_cmake(
     cmake = _find_program("cmake")
     if cmake is None:
         raise ToolError("cmake is not installed: pip install cmake ninja, or apt install cmake")
-    _check_compiler()
+    find_compiler()  # or an error that CMake would not say so plainly
     source = options.source or fetch_source(lambda line: report(line, 0, 0))
     cpp = cpp_folder()
     patched = options.patched and patch_files(cpp)
@@ -216,14 +216,20 @@ def _run(command: list[str], write: Callable[[str], object], report: Report, loc
     return process.returncode
 
 
-def _check_compiler() -> None:
-    chosen = os.environ.get("CXX")
-    known = ("c++", "g++", "clang++")
-    if not chosen and not any(_find_program(name) for name in known):
+def find_compiler() -> str:
+    """The C++ compiler: that of the variable CXX, else one on PATH.
+
+    Raises:
+        ToolError: there is none.
+    """
+    found = map(_find_program, ("c++", "g++", "clang++"))
+    compiler = os.environ.get("CXX") or next(filter(None, found), None)
+    if compiler is None:
         raise ToolError(
             "no C++ compiler is installed: apt install build-essential (Debian, Ubuntu), "
             "xcode-select --install (macOS), or name one in the variable CXX"
         )
+    return compiler
 
 
 def _find_program(name: str) -> str | None:

@@ -7,18 +7,16 @@ time, so that one program serves the patched and the stock library.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 from longrope_export.errors import ToolError
+from longrope_export.llama_cpp.build import find_compiler
 from longrope_export.llama_cpp.cache import cache_folder, locked
 from longrope_export.llama_cpp.options import cpp_folder
 from longrope_export.llama_cpp.source import SHA256, fetch_source
 
 _LIBRARIES = ("llama", "ggml", "ggml-base")
-_COMPILERS = ("c++", "g++", "clang++")
 
 
 def require_driver(libraries: Path) -> Path:
@@ -45,13 +43,19 @@ def require_driver(libraries: Path) -> Path:
 
 
 def _compile(code: Path, libraries: Path, output: Path) -> None:
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
-    if compiler is None:
-        raise ToolError("no C++ compiler is installed: apt install build-essential")
     source = fetch_source()
     includes = [f"-I{source / name}" for name in ("include", "ggml/include")]
     links = [f"-L{libraries}", *(f"-l{name}" for name in _LIBRARIES), "-ldl", "-lpthread"]
-    command = [compiler, "-std=c++17", "-O1", "-o", str(output), str(code), *includes, *links]
+    command = [
+        find_compiler(),
+        "-std=c++17",
+        "-O1",
+        "-o",
+        str(output),
+        str(code),
+        *includes,
+        *links,
+    ]
     command += [f"-Wl,-rpath-link,{libraries}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
