@@ -1,0 +1,83 @@
+"""Derivatives of a document's loss by the factors of one tier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from longrope_export.config import LongRopeConfig
+from longrope_export.errors import UnsupportedError
+from longrope_export.rope import compute_inv_freq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def differentiate(
+    model: Any,
+    config: LongRopeConfig,
+    ids: Tensor,
+    losses: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[float, tuple[float, ...]]:
+    """Mean loss of a document, and its slopes.
+
+    Layers are checkpointed: memory is that of one layer and of the hidden states between layers.
+
+    Args:
+        config: one tier for all positions and all layers.
+        ids: (n,) the document.
+        losses: (hidden (n, width), following (n,)) -> (n,) losses.
+
+    Returns:
+        The loss in nats per token, and (pairs + 1,) its derivatives by ln(factor) of each pair and
+        by ln(attention factor).
+
+    Raises:
+        UnsupportedError: the config has several tiers, log scaling or a choice of layers.
+    """
+    import torch
+
+    if len(config.tiers) != 1 or config.logit_scaling or config.layers is not None:
+        raise UnsupportedError(
+            "gradients are there for one tier on all layers, without log scaling; got "
+            f"{len(config.tiers)} tiers, layers {config.layers}, scaling {config.logit_scaling}"
+        )
+    decoder = model.get_decoder()
+    tier = config.tiers[0]
+    logs = torch.tensor([*tier.rescale_factors, tier.attention_factor], dtype=torch.float64).log()
+    logs.requires_grad_()
+    speeds = torch.as_tensor(compute_inv_freq(config.rope_theta, config.rotary_dim))
+    original, before = decoder.rotary_emb, decoder.training
+    decoder.rotary_emb = _rotary(logs, speeds, tier.num_start_tokens)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in decoder.layers:
+        layer.training = True  # checkpoints; its parts stay in eval mode, without dropout
+    try:
+        with torch.enable_grad():
+            hidden = decoder(ids[None], use_cache=False).last_hidden_state[0]
+            loss = losses(hidden[:-1], ids[1:]).mean()
+            (slopes,) = torch.autograd.grad(loss, logs)
+    finally:
+        decoder.rotary_emb = original
+        model.gradient_checkpointing_disable()
+        decoder.train(before)
+    return float(loss.detach()), tuple(slopes.tolist())
+
+
+def _rotary(logs: Tensor, speeds: Tensor, num_start_tokens: int) -> Any:
+    """A rotary embedding, LongRoPE eq. 3, whose cos and sin depend on `logs` differentiably."""
+    import torch
+    from torch import nn
+
+    class Differentiable(nn.Module):
+        def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+            where = torch.device("cpu") if x.device.type == "mps" else x.device
+            positions = position_ids[..., None].to(where, torch.float64)
+            plain = positions * speeds.to(where)
+            factors, scale = logs[:-1].exp().to(where), logs[-1].exp().to(where)
+            angles = torch.where(positions < num_start_tokens, plain, plain / factors)
+            both = torch.cat((angles, angles), dim=-1)
+            cos, sin = both.cos() * scale, both.sin() * scale
+            return cos.to(x.device, x.dtype), sin.to(x.device, x.dtype)
+
+    return Differentiable()

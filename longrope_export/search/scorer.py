@@ -1,0 +1,275 @@
+"""Computes jobs on a transformers model: losses without a (length x vocabulary) tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ModelError
+from longrope_export.hf_runtime import apply_longrope, remove_longrope
+from longrope_export.models.torch_model import load_torch_model
+from longrope_export.search.jobs import Document, Job, Score, essence, spans_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOGIT_VALUES = 1 << 24  # of one chunk of logits, 64 MB of float32
+MLP_TOKENS = 4096  # that an MLP computes at once
+KEPT_CACHES = 4  # prefixes held at a time
+GRADIENT_COST = 4  # forward, forward again from the checkpoints, and a backward of about two
+
+
+class Scorer:
+    """A model and the documents of a search.
+
+    Memory beside the weights: the hidden states of one document, and for blocks behind a prefix
+    the keys and values of that prefix; nothing grows with length times vocabulary or length
+    squared.
+
+    Args:
+        path: a Hugging Face folder or a GGUF.
+        documents: what jobs name by index.
+        window: tokens that the model handles as it is.
+        dtype: float32, bfloat16 or float16.
+        device: as torch names it.
+
+    Raises:
+        UnsupportedError: torch or transformers is not installed, or the family is not known.
+        ModelError: transformers cannot load the model.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        documents: Sequence[Document],
+        window: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+    ) -> None:
+        model, _ = load_torch_model(path, dtype)
+        self._init(model.to(device), documents, window)
+
+    @classmethod
+    def of_model(cls, model: Any, documents: Sequence[Document], window: int) -> Scorer:
+        """On a model in memory, in eval mode; it is used where it is."""
+        scorer = cls.__new__(cls)
+        scorer._init(model, documents, window)
+        return scorer
+
+    def _init(self, model: Any, documents: Sequence[Document], window: int) -> None:
+        self.model, self.documents, self.window = model, documents, window
+        self._caches: OrderedDict[tuple[int, str], Any] = OrderedDict()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        _split_mlps(model.get_decoder())
+
+    def score(self, job: Job) -> Score:
+        """Compute one job.
+
+        Raises:
+            ModelError: the loss is not a finite number.
+            UnsupportedError: the definition does not fit the model.
+        """
+        import torch
+
+        begin = time.perf_counter()
+        if job.gradient:
+            score = self._gradient(job)
+        else:
+            with torch.inference_mode():
+                if job.prefix is not None:
+                    score = self._behind_prefix(job, job.prefix)
+                elif job.blocks:
+                    score = self._skipping(job)
+                else:
+                    score = self._whole(job)
+        return replace(score, seconds=time.perf_counter() - begin)
+
+    # -- the three kinds of passes
+
+    def _whole(self, job: Job) -> Score:
+        ids = self._ids(job.document)
+        with _definition(self.model, job.config):
+            hidden = self.model.get_decoder()(ids[None], use_cache=False).last_hidden_state[0]
+        spans = spans_of(self.documents[job.document], self.window)
+        # the token at position p is predicted by the one before it: its loss belongs to p
+        places = [slice(max(a, 1), b) for a, b in spans]
+        losses = [self._losses(hidden[p.start - 1 : p.stop - 1], ids[p]) for p in places]
+        return _score(losses, len(ids))
+
+    def _skipping(self, job: Job) -> Score:
+        import torch
+
+        positions = torch.cat([torch.arange(a, b) for a, b in job.blocks])
+        ids = self._ids(job.document)[: len(positions) + 1]
+        where = positions[None].to(ids.device)
+        mask = torch.ones_like(where)  # says that these are one text, whatever the positions jump
+        with _definition(self.model, job.config):
+            hidden = self.model.get_decoder()(
+                ids[None, :-1], position_ids=where, attention_mask=mask, use_cache=False
+            ).last_hidden_state[0]
+        losses = self._losses(hidden, ids[1:])
+        return _score(torch.split(losses, [b - a for a, b in job.blocks]), len(positions))
+
+    def _behind_prefix(self, job: Job, prefix: LongRopeConfig) -> Score:
+        ids = self._ids(job.document)
+        cache = self._prefix(job.document, prefix, job.blocks[-1][0])
+        held = prefix.select_tier(cache.get_seq_length())
+        losses = []
+        for first, stop in job.blocks:
+            config = _behind(job.config, held, first)
+            fork = _fork(cache, first, config)
+            with _definition(self.model, config):
+                hidden = self.model.get_decoder()(
+                    ids[None, first:stop], past_key_values=fork, use_cache=True
+                ).last_hidden_state[0]
+            following = ids[first + 1 : stop + 1]
+            losses.append(self._losses(hidden[: len(following)], following))
+        return _score(losses, sum(stop - first for first, stop in job.blocks))
+
+    def _prefix(self, document: int, config: LongRopeConfig, length: int) -> Any:
+        """A cache of at least the first `length` tokens of a document."""
+        key = (document, essence(config))
+        found = self._caches.get(key)
+        if found is not None and found.get_seq_length() >= length:
+            self._caches.move_to_end(key)
+            return found
+        from transformers import DynamicCache
+
+        ids, cache = self._ids(document)[:length], DynamicCache()
+        with _definition(self.model, config):
+            self.model.get_decoder()(ids[None], past_key_values=cache, use_cache=True)
+        self._caches[key] = cache
+        while len(self._caches) > KEPT_CACHES:
+            self._caches.popitem(last=False)
+        return cache
+
+    def _gradient(self, job: Job) -> Score:
+        from longrope_export.search.gradient import differentiate
+
+        ids = self._ids(job.document)
+        loss, slopes = differentiate(self.model, job.config, ids, self._losses)
+        _check_finite(loss)
+        count = len(ids) - 1
+        return Score((loss * count,), (count,), GRADIENT_COST * len(ids), 0.0, slopes)
+
+    # -- what they share
+
+    def _ids(self, document: int) -> Tensor:
+        import torch
+
+        return torch.tensor(self.documents[document].ids, device=self.model.device)
+
+    def _losses(self, hidden: Tensor, following: Tensor) -> Tensor:
+        """-ln p of each following token; (n,) float32.
+
+        Args:
+            hidden: (n, width) last hidden states.
+            following: (n,) ids.
+        """
+        import torch
+        from torch.utils.checkpoint import checkpoint
+
+        rows = max(1, LOGIT_VALUES // self.model.config.get_text_config().vocab_size)
+        parts = []
+        for part, target in zip(
+            torch.split(hidden, rows), torch.split(following, rows), strict=True
+        ):
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(self._chunk_losses, part, target, use_reentrant=False))
+            else:
+                parts.append(self._chunk_losses(part, target))
+        return torch.cat(parts)
+
+    def _chunk_losses(self, hidden: Tensor, following: Tensor) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        settings = self.model.config.get_text_config()
+        logits = self.model.get_output_embeddings()(hidden).float()
+        logits = logits / (getattr(settings, "logits_scaling", None) or 1.0)  # granite
+        softcap = getattr(settings, "final_logit_softcapping", None)  # gemma2
+        if softcap:
+            logits = (logits / softcap).tanh() * softcap
+        return cross_entropy(logits, following, reduction="none")
+
+
+@contextlib.contextmanager
+def _definition(model: Any, config: LongRopeConfig) -> Iterator[None]:
+    apply_longrope(model, config)
+    try:
+        yield
+    finally:
+        remove_longrope(model)
+
+
+def _score(losses: Sequence[Tensor], tokens: int) -> Score:
+    sums = tuple(float(part.double().sum()) for part in losses)
+    for value in sums:
+        _check_finite(value)
+    return Score(sums, tuple(len(part) for part in losses), tokens, 0.0)
+
+
+def _check_finite(loss: float) -> None:
+    if not abs(loss) < float("inf"):
+        raise ModelError(
+            f"the loss is {loss}: the model does not compute in this precision; "
+            f"use --dtype float32 or bfloat16, or check the weights"
+        )
+
+
+def _behind(config: LongRopeConfig, held: FactorTier, first: int) -> LongRopeConfig:
+    """The causal definition in which a cache under `held` meets tokens from `first` on."""
+    if config.switch is SwitchPolicy.CAUSAL:
+        later = [tier for tier in config.tiers if tier.max_length > first]
+    else:
+        later = [config.tiers[-1]]
+    before = [replace(held, max_length=first)]
+    return replace(config, tiers=(*before, *later), switch=SwitchPolicy.CAUSAL)
+
+
+def _fork(cache: Any, length: int, config: LongRopeConfig) -> Any:
+    """A cache of the first `length` tokens that shares memory with `cache` and leaves it as it is.
+
+    Its keys are said to stand under the first tier of `config`.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    from longrope_export.definition import to_json
+    from longrope_export.hf_runtime.core.cached_rows import CachedRows, Columns
+
+    fork = DynamicCache()
+    for layer in cache.layers[:-1]:
+        part = copy.copy(layer)
+        part.keys, part.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        fork.layers.append(part)
+    rows = CachedRows()
+    positions = torch.arange(length)[None]
+    columns = Columns(positions, torch.ones_like(positions, dtype=torch.bool), None)
+    rows.extend(columns, torch.zeros(1, dtype=torch.int64), to_json(config))
+    fork.layers.append(rows)
+    return fork
+
+
+def _split_mlps(decoder: Any) -> None:
+    """Let plain MLPs take long texts in pieces, so that their inner width does not count."""
+    import torch
+
+    for layer in decoder.layers:
+        mlp = getattr(layer, "mlp", None)
+        if mlp is None or not type(mlp).__name__.endswith("MLP"):
+            continue
+        whole = mlp.forward
+
+        def in_pieces(hidden: Tensor, whole: Any = whole) -> Tensor:
+            parts = [whole(part) for part in torch.split(hidden, MLP_TOKENS, dim=1)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+        mlp.forward = in_pieces

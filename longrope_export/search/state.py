@@ -1,0 +1,117 @@
+"""What a run has computed so far, on disk: the base of resuming.
+
+A search is deterministic but for its evaluations. So every evaluation is logged before it is used,
+and a run that goes on starts from the beginning with a log that answers for what was computed
+before: it takes the same decisions, the budget included, and reaches the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from longrope_export.errors import ConfigError, OutputError
+from longrope_export.outputs import write_text
+from longrope_export.search.jobs import Score
+
+SETTINGS = "settings.json"
+LOG = "log.jsonl"
+FORMAT = "longrope-search"
+
+
+class RunFolder:
+    """RUN/: settings.json and log.jsonl, later factors.json, result.json and plots.
+
+    Args:
+        folder: made if needed.
+        settings: everything that the result depends on, JSON values.
+        resume: go on with a run that is there.
+
+    Attributes:
+        scores: key of a job -> its score, for all that was logged.
+
+    Raises:
+        OutputError: a run is there and resume is not set, or there is none to resume; the folder
+            cannot be written.
+        ConfigError: the run that is there was made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        self.folder = folder
+        self.scores: dict[str, Score] = {}
+        self._settings = json.loads(json.dumps({"format": FORMAT, **settings}))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._open(resume)
+        except OSError as error:
+            raise OutputError(f"cannot write {folder}: {error.strerror}") from error
+
+    def add(self, key: str, score: Score) -> None:
+        """Log a result; it is on disk when this returns.
+
+        Raises:
+            OutputError: the disk is full; the run can be resumed when there is space again.
+        """
+        line = json.dumps({"key": key, **score.to_json()}) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.folder / LOG}: {error.strerror}. All results before this one "
+                f"are kept: free some space and go on with --resume"
+            ) from error
+        self.scores[key] = score
+
+    def close(self) -> None:
+        """Close the log."""
+        self._file.close()
+
+    def _open(self, resume: bool) -> None:
+        settings = self.folder / SETTINGS
+        if settings.is_file():
+            if not resume:
+                raise OutputError(
+                    f"{self.folder} holds a search already: --resume goes on with it, or choose "
+                    f"another folder with -o"
+                )
+            self._check_settings(json.loads(settings.read_text(encoding="utf-8")))
+        elif resume:
+            raise OutputError(f"{self.folder}: no {SETTINGS} in it, so there is no run to resume")
+        elif any(self.folder.iterdir()):
+            raise OutputError(f"{self.folder} is not empty: choose a new folder with -o")
+        else:
+            write_text(settings, json.dumps(self._settings, indent=2) + "\n")
+        self._file = (self.folder / LOG).open("a+b")
+        self._read_log()
+
+    def _check_settings(self, there: dict[str, Any]) -> None:
+        for name in sorted(there.keys() | self._settings.keys()):
+            before, now = there.get(name), self._settings.get(name)
+            if before != now:
+                raise ConfigError(
+                    f"{self.folder}: the run was begun with {name} = {json.dumps(before):.100}, "
+                    f"now it is {json.dumps(now):.100}: give what it was, or start a new run"
+                )
+
+    def _read_log(self) -> None:
+        """Take over every whole line; a last one that a kill has torn is cut off."""
+        self._file.seek(0)
+        good = 0
+        for line in self._file:
+            try:
+                values = json.loads(line)
+                key = values["key"]
+                self.scores[key] = Score.from_json(values)
+            except (ValueError, KeyError, TypeError) as error:
+                if not line.endswith(b"\n"):
+                    break
+                raise ConfigError(
+                    f"{self.folder / LOG}, byte {good}: not a line of a search log: {error}"
+                ) from error
+            good += len(line)
+        self._file.truncate(good)
+        self._file.seek(0, os.SEEK_END)
