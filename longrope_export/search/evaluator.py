@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -134,7 +134,7 @@ class Fitness:
     Args:
         template: the config whose only tier a candidate becomes.
         documents: indices, in the order in which a race uses them.
-        spans: blocks of positions for the cheap kind of pass; None for whole documents.
+        blocks, prefix: as in Job; none for whole documents.
     """
 
     def __init__(
@@ -165,7 +165,6 @@ class Fitness:
 
 def single_tier(config: LongRopeConfig) -> Callable[[FactorTier], LongRopeConfig]:
     """Makes the config in which one tier computes everything, as the papers score candidates."""
-    from dataclasses import replace
 
     def template(tier: FactorTier) -> LongRopeConfig:
         return replace(

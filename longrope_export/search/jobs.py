@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -73,6 +74,7 @@ class Score:
     Attributes:
         losses: sum of -ln p over the tokens of each span, in nats.
         counts: tokens of each span that were predicted.
+        hits: how many of them were the most probable one.
         tokens: computed for it, as forward tokens (a gradient counts four times); a prefix is not
             counted here, since it may be there already.
         seconds: wall time.
@@ -81,6 +83,7 @@ class Score:
 
     losses: tuple[float, ...]
     counts: tuple[int, ...]
+    hits: tuple[int, ...]
     tokens: int
     seconds: float
     gradient: tuple[float, ...] = field(default=())
@@ -91,14 +94,14 @@ class Score:
         return sum(self.losses) / max(sum(self.counts), 1)
 
     def to_json(self) -> dict[str, Any]:
-        values = {"losses": self.losses, "counts": self.counts, "tokens": self.tokens}
-        return values | {"seconds": self.seconds, "gradient": self.gradient}
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Score:
         return cls(
             tuple(values["losses"]),
             tuple(values["counts"]),
+            tuple(values["hits"]),
             values["tokens"],
             values["seconds"],
             tuple(values["gradient"]),

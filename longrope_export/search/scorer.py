@@ -116,7 +116,7 @@ class Scorer:
                 ids[None, :-1], position_ids=where, attention_mask=mask, use_cache=False
             ).last_hidden_state[0]
         losses = self._losses(hidden, ids[1:])
-        return _score(torch.split(losses, [b - a for a, b in job.blocks]), len(positions))
+        return _score(torch.split(losses, [b - a for a, b in job.blocks], dim=1), len(positions))
 
     def _behind_prefix(self, job: Job, prefix: LongRopeConfig) -> Score:
         ids = self._ids(job.document)
@@ -155,10 +155,15 @@ class Scorer:
         from longrope_export.search.gradient import differentiate
 
         ids = self._ids(job.document)
-        loss, slopes = differentiate(self.model, job.config, ids, self._losses)
+        loss, slopes = differentiate(
+            self.model,
+            job.config,
+            ids,
+            lambda hidden, following: self._losses(hidden, following)[0],
+        )
         _check_finite(loss)
         count = len(ids) - 1
-        return Score((loss * count,), (count,), GRADIENT_COST * len(ids), 0.0, slopes)
+        return Score((loss * count,), (count,), (0,), GRADIENT_COST * len(ids), 0.0, slopes)
 
     # -- what they share
 
@@ -168,7 +173,7 @@ class Scorer:
         return torch.tensor(self.documents[document].ids, device=self.model.device)
 
     def _losses(self, hidden: Tensor, following: Tensor) -> Tensor:
-        """-ln p of each following token; (n,) float32.
+        """-ln p of each following token, and whether it was the most probable; (2, n) float32.
 
         Args:
             hidden: (n, width) last hidden states.
@@ -186,9 +191,10 @@ class Scorer:
                 parts.append(checkpoint(self._chunk_losses, part, target, use_reentrant=False))
             else:
                 parts.append(self._chunk_losses(part, target))
-        return torch.cat(parts)
+        return torch.cat(parts, dim=1)
 
     def _chunk_losses(self, hidden: Tensor, following: Tensor) -> Tensor:
+        import torch
         from torch.nn.functional import cross_entropy
 
         settings = self.model.config.get_text_config()
@@ -197,7 +203,8 @@ class Scorer:
         softcap = getattr(settings, "final_logit_softcapping", None)  # gemma2
         if softcap:
             logits = (logits / softcap).tanh() * softcap
-        return cross_entropy(logits, following, reduction="none")
+        hits = logits.detach().argmax(-1) == following
+        return torch.stack([cross_entropy(logits, following, reduction="none"), hits.float()])
 
 
 @contextlib.contextmanager
@@ -210,10 +217,11 @@ def _definition(model: Any, config: LongRopeConfig) -> Iterator[None]:
 
 
 def _score(losses: Sequence[Tensor], tokens: int) -> Score:
-    sums = tuple(float(part.double().sum()) for part in losses)
+    sums = tuple(float(part[0].double().sum()) for part in losses)
     for value in sums:
         _check_finite(value)
-    return Score(sums, tuple(len(part) for part in losses), tokens, 0.0)
+    hits = tuple(int(part[1].sum()) for part in losses)
+    return Score(sums, tuple(part.shape[1] for part in losses), hits, tokens, 0.0)
 
 
 def _check_finite(loss: float) -> None:

@@ -31,7 +31,7 @@ class SearchSpace:
         inv_freq: (pairs,) radians per token as the model was trained, its own factors included.
         own_factors: (pairs,) factors that the model has; lambda multiplies them.
         own_attention: the attention factor that the model has; attention multiplies it.
-        highest: largest lambda.
+        highest: (pairs,) largest lambda.
         start_tokens: permitted start-token windows.
         attention: attention factor of every candidate, relative to own_attention.
         attention_range: lowest and highest where it is a gene, else None.
@@ -42,7 +42,7 @@ class SearchSpace:
     inv_freq: tuple[float, ...]
     own_factors: tuple[float, ...]
     own_attention: float
-    highest: float
+    highest: tuple[float, ...]
     start_tokens: tuple[int, ...]
     attention: float
     attention_range: tuple[float, float] | None = None
@@ -83,9 +83,11 @@ class SearchSpace:
     def admits(self, tier: FactorTier) -> bool:
         """Whether an individual keeps to the bounds and its lambda do not fall."""
         lambdas = self.lambdas(tier)
-        within = lambdas.min() >= 1 - 1e-9 and lambdas.max() <= self.highest + 1e-9
+        within = lambdas.min() >= 1 - 1e-9 and bool(
+            (lambdas <= np.asarray(self.highest) + 1e-9).all()
+        )
         rising = bool((np.diff(lambdas) >= -1e-9).all())
-        return bool(within) and rising and tier.num_start_tokens in self.start_tokens
+        return bool(within and rising) and tier.num_start_tokens in self.start_tokens
 
     def mutate(self, tier: FactorTier, rng: np.random.Generator, chance: float) -> FactorTier:
         """Each gene is drawn anew with probability `chance`, lambda between its two neighbours.
@@ -98,8 +100,10 @@ class SearchSpace:
         for pair in range(self.num_pairs):
             if rng.random() < chance:
                 low = lambdas[pair - 1] if pair else 1.0
-                high = lambdas[pair + 1] if pair + 1 < self.num_pairs else self.highest
-                lambdas[pair] = _on_grid(rng, low, high)
+                high = self.highest[pair]
+                if pair + 1 < self.num_pairs:
+                    high = min(high, lambdas[pair + 1])
+                lambdas[pair] = _on_grid(rng, low, max(low, high))
         start, attention = tier.num_start_tokens, tier.attention_factor / self.own_attention
         if len(self.start_tokens) > 1 and rng.random() < chance:
             start = int(rng.choice(self.start_tokens))
@@ -163,11 +167,63 @@ def make_space(
         inv_freq=tuple(compute_inv_freq(native.rope_theta, native.rotary_dim) / factors),
         own_factors=own.rescale_factors,
         own_attention=own.attention_factor,
-        highest=REACH * ratio,
+        highest=(REACH * ratio,) * native.num_pairs,
         start_tokens=tuple(n for n in start_tokens if n < own.max_length),
         attention=attention,
         attention_range=attention_range,
     )
+
+
+def make_recovery_space(native: LongRopeConfig, length: int, cap: float) -> SearchSpace:
+    """The space of a short tier of an extended model (LongRoPE, section 3.3).
+
+    Lambda counts from plain RoPE and stays below `cap` times the model's long factors; the attention
+    factor is a gene between 1 and the long one's.
+
+    Args:
+        length: tokens, below the model's own length.
+        cap: 1 is the long factors themselves.
+
+    Raises:
+        ConfigError: the model is not extended that far, or the cap leaves nothing to choose.
+    """
+    own = native.tiers[-1]
+    if not length < own.max_length:
+        raise ConfigError(
+            f"--recover {length}: the model's own length is {own.max_length}: only shorter ones "
+            f"can be recovered"
+        )
+    factors = np.asarray(own.rescale_factors)
+    if not (cap * factors > 1 + STEP).any():
+        raise ConfigError(
+            f"--recover {length}: with a cap of {cap:g} times the model's factors (at most "
+            f"{factors.max():g}) there is nothing to choose; is this an extended model?"
+        )
+    attention = (min(1.0, own.attention_factor), max(1.0, own.attention_factor))
+    return SearchSpace(
+        length=length,
+        window=length,
+        inv_freq=tuple(compute_inv_freq(native.rope_theta, native.rotary_dim)),
+        own_factors=(1.0,) * native.num_pairs,
+        own_attention=1.0,
+        highest=tuple(np.maximum(cap * factors, 1.0).tolist()),
+        start_tokens=(own.num_start_tokens,),
+        attention=1.0,
+        attention_range=attention if attention[0] < attention[1] else None,
+    )
+
+
+def recovery_seeds(space: SearchSpace, native: LongRopeConfig) -> dict[str, FactorTier]:
+    """Plain RoPE, the long factors, and powers of them in between, as far as the cap allows."""
+    own = native.tiers[-1]
+    seeds = {}
+    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
+        lambdas = np.minimum(np.maximum(own.rescale_factors, 1.0) ** part, space.highest)
+        lambdas = np.maximum.accumulate(lambdas)
+        for attention in sorted({1.0, own.attention_factor}):
+            name = f"long factors to the {part:g}, attention {attention:.3f}"
+            seeds[name] = space.tier(lambdas, own.num_start_tokens, attention)
+    return seeds
 
 
 def with_start(tier: FactorTier, num_start_tokens: int) -> FactorTier:

@@ -1,0 +1,111 @@
+"""What a search is told, and what it tells while it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from longrope_export.config import LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ConfigError
+from longrope_export.ladder import attention_factor
+from longrope_export.search.algorithms import Algorithm
+from longrope_export.search.evaluator import Budget, Progress
+from longrope_export.search.evolution import EvolutionSettings
+from longrope_export.search.practical import PracticalSettings
+
+SEARCHED_ATTENTION = "search"
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Everything that the result of a search depends on, beside model and texts.
+
+    Attributes:
+        target_length: tokens.
+        algorithm: whose search; a ladder and a recovery have their own.
+        ladder: tier lengths as parse_ladder reads them; None searches for one tier.
+        recover: lengths of short tiers of an extended model; nothing else is then searched.
+        recover_cap: their largest lambda, as a multiple of the model's own factors.
+        switch: the rule that is written; None measures both and writes the better.
+        documents: wanted for search, validation and test; 0 for search takes the algorithm's own.
+        attention: "longrope", "yarn", "none" or a number; "search" makes it a gene.
+        start_tokens: whether start-token windows are searched.
+        tier_tokens: of a ladder's tier, on which it is judged; None for all.
+        refine: whether a ladder's tiers are searched one by one after its family.
+        needle_keys: keys in the documents by which the rules are compared; 0 for none.
+        seed: of everything random.
+        dtype: of the model.
+        evolution, practical: sizes of the algorithms.
+    """
+
+    target_length: int
+    algorithm: Algorithm = Algorithm.LONGROPE
+    ladder: str | None = None
+    recover: tuple[int, ...] = ()
+    recover_cap: float = 1.0
+    switch: SwitchPolicy | None = None
+    documents: tuple[int, int, int] = (0, 3, 3)
+    attention: str = "longrope"
+    start_tokens: bool = True
+    tier_tokens: int | None = None
+    refine: bool = True
+    needle_keys: int = 5
+    seed: int = 0
+    dtype: str = "float32"
+    budget: Budget = field(default_factory=Budget)
+    evolution: EvolutionSettings | None = None
+    practical: PracticalSettings = field(default_factory=PracticalSettings)
+
+    def __post_init__(self) -> None:
+        if min(self.documents[1:]) < 1 or self.documents[0] < 0:
+            raise ConfigError(
+                f"--documents: expected at least one for validation and test, got {self.documents}"
+            )
+        if self.attention != SEARCHED_ATTENTION:
+            attention_factor(self.attention, 2.0, 8192, 1.0)
+
+    @property
+    def sizes(self) -> EvolutionSettings:
+        """Of the evolution: what was given, else the paper's for the target length."""
+        return self.evolution or EvolutionSettings.for_length(self.target_length)
+
+    @property
+    def num_search_documents(self) -> int:
+        return self.documents[0] or self.sizes.documents
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, for settings.json and provenance."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an observer of a search is told.
+
+    Attributes:
+        phase: what is being done.
+        progress: spent so far; None between phases.
+        best: the best loss on the search documents so far, nats per token.
+        origin: where the best comes from.
+        closed_forms: losses of the closed forms on the same documents, once they are known.
+    """
+
+    phase: str
+    progress: Progress | None = None
+    best: float | None = None
+    origin: str = ""
+    closed_forms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found.
+
+    Attributes:
+        config: the factors, their rule and where they come from.
+        result: all that result.json holds, JSON values.
+    """
+
+    config: LongRopeConfig
+    result: dict[str, Any]

@@ -1,0 +1,233 @@
+"""The practical search: what finds good factors with a small part of the paper's evaluations.
+
+A smooth family of five parameters first, by a quadratic model of the loss (COBYQA); then the factors
+one by one, by the loss's own gradient; then start-token windows and the paper's mutations for as
+long as the budget lasts. Every proposal after the first stage has to win a race on whole windows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from longrope_export.config import FactorTier
+from longrope_export.rope import FloatArray
+from longrope_export.search.evaluator import BudgetSpentError, Difference, Fitness
+from longrope_export.search.family import LOWER, from_coordinates, minimise
+from longrope_export.search.space import SearchSpace, with_start
+
+HOPELESS = 0.15  # nats behind the best on the cheap fitness: such a candidate sees no whole window
+CLEARLY = 2.0  # standard errors behind the champion at which a challenger leaves a race
+FAR = 0.03  # nats behind after one document, when there is no standard error yet
+GRADIENT_BATCH = 2  # documents per step
+LEARNING_RATE = (0.12, 0.02)  # of the preconditioned ln(factor), first and last step
+ATTENTION_RATE = 0.15  # of that, for ln(attention factor)
+
+
+@dataclass(frozen=True)
+class PracticalSettings:
+    """How much each stage may do.
+
+    Attributes:
+        family_evaluations: members of the smooth family that are tried.
+        gradient_steps: steps along the gradient; 0 leaves it out.
+        litter: challengers of one race of the last stage.
+        patience: races of the last stage without a new champion after which the search has
+            converged.
+    """
+
+    family_evaluations: int = 40
+    gradient_steps: int = 24
+    litter: int = 8
+    patience: int = 4
+
+
+@dataclass
+class Champion:
+    """The best so far.
+
+    Attributes:
+        tier: the individual.
+        losses: (documents,) on the search documents.
+        origin: the stage that found it.
+    """
+
+    tier: FactorTier
+    losses: FloatArray
+    origin: str
+
+    @property
+    def mean(self) -> float:
+        return float(self.losses.mean())
+
+
+@dataclass
+class PracticalSearch:
+    """One practical search for one tier.
+
+    Args:
+        space: bounds, start-token windows, the range of the attention factor.
+        fitness: whole windows of the search documents.
+        cheap: moved blocks, only to throw out the hopeless; None without.
+        rng: drives the last stage.
+        on_champion: told of each new champion.
+    """
+
+    space: SearchSpace
+    fitness: Fitness
+    cheap: Fitness | None
+    rng: np.random.Generator
+    settings: PracticalSettings = field(default_factory=PracticalSettings)
+    on_champion: Callable[[Champion], None] = lambda champion: None
+    champions: list[Champion] = field(default_factory=list)
+
+    def run(self, seeds: dict[str, FactorTier]) -> list[Champion]:
+        """All champions, the last one the best; at least the best seed.
+
+        Args:
+            seeds: named closed forms and whatever else to begin with.
+        """
+        with contextlib.suppress(BudgetSpentError):
+            self._seed(seeds)
+            self._family()
+            self._gradient()
+            self._start_tokens()
+            self._evolve()
+        return self.champions
+
+    @property
+    def best(self) -> Champion:
+        """The champion."""
+        return self.champions[-1]
+
+    def _crown(self, tier: FactorTier, losses: FloatArray, origin: str) -> None:
+        self.champions.append(Champion(tier, losses, origin))
+        self.on_champion(self.best)
+
+    def _seed(self, seeds: dict[str, FactorTier]) -> None:
+        names = list(seeds)
+        if self.cheap is not None:
+            cheap = np.asarray(self.cheap([seeds[name] for name in names]))
+            names = [
+                n for n, loss in zip(names, cheap, strict=True) if loss < cheap.min() + HOPELESS
+            ]
+        losses = self.fitness.losses([seeds[name] for name in names])
+        order = int(losses.mean(axis=1).argmin())
+        self._crown(seeds[names[order]], losses[order], f"seed {names[order]}")
+
+    def _family(self) -> None:
+        """Minimise over the smooth family; the same documents for all, so there is no noise."""
+
+        def loss(point: FloatArray) -> float:
+            member = from_coordinates(point)
+            lambdas = member.lambdas(speeds, self.space.window, self.space.length)
+            relative = 1 + member.attention_strength * 0.1 * float(np.log(self.space.ratio))
+            tier = self.space.tier(lambdas, self.best.tier.num_start_tokens, relative)
+            losses = self.fitness.losses([tier])[0]
+            if losses.mean() < self.best.mean:
+                self._crown(tier, losses, "smooth family")
+            return float(losses.mean())
+
+        speeds = np.asarray(self.space.inv_freq)
+        minimise(loss, np.zeros(len(LOWER)), self.settings.family_evaluations)
+
+    def _gradient(self) -> None:
+        """Adam on ln(factor), each pair in units in which its phase moves alike."""
+        steps = self.settings.gradient_steps
+        if not steps:
+            return
+        turns = np.asarray(self.space.inv_freq) * self.space.window / (2 * np.pi)
+        weight = np.minimum(1.0, 1.0 / turns)
+        weight[turns > 32] = 0.0  # there the loss only oscillates
+        weight = np.append(weight, ATTENTION_RATE)
+        start = self.best.tier
+        point = np.log(np.append(self.space.lambdas(start), start.attention_factor))
+        first, second = np.zeros(len(point)), np.zeros(len(point))
+        documents = self.fitness.documents
+        proposals = []
+        for step in range(steps):
+            batch = [
+                documents[(step * GRADIENT_BATCH + k) % len(documents)]
+                for k in range(GRADIENT_BATCH)
+            ]
+            jobs = [
+                self.fitness.job(self._tier_at(point, start), d, gradient=True)
+                for d in dict.fromkeys(batch)
+            ]
+            scores = self.fitness.evaluator.scores(jobs)
+            slope = np.mean([score.gradient for score in scores], axis=0) * weight
+            first, second = 0.8 * first + 0.2 * slope, 0.95 * second + 0.05 * slope**2
+            unbiased = first / (1 - 0.8 ** (step + 1))
+            size = np.sqrt(second / (1 - 0.95 ** (step + 1))) + 1e-8
+            high, low = LEARNING_RATE
+            rate = high + (low - high) * step / max(steps - 1, 1)
+            point = point - rate * weight * unbiased / size
+            if (step + 1) % max(steps // 4, 1) == 0:
+                proposals.append(self._tier_at(point, start))
+        self._race(proposals, "gradient")
+
+    def _tier_at(self, point: FloatArray, start: FactorTier) -> FactorTier:
+        """The individual at ln(lambda) and ln(attention factor), brought into order and bounds."""
+        lambdas = np.maximum.accumulate(np.maximum(np.exp(point[:-1]), 1.0)).round(6)
+        attention = float(np.exp(point[-1])) / self.space.own_attention
+        return self.space.tier(lambdas, start.num_start_tokens, round(attention, 6))
+
+    def _start_tokens(self) -> None:
+        others = [n for n in self.space.start_tokens if n != self.best.tier.num_start_tokens]
+        self._race([with_start(self.best.tier, n) for n in others], "start tokens")
+
+    def _evolve(self) -> None:
+        misses = 0
+        while misses < self.settings.patience:
+            chance = 0.3 / (1 + misses)
+            litter = [
+                self.space.mutate(self.best.tier, self.rng, chance)
+                for _ in range(self.settings.litter)
+            ]
+            misses = 0 if self._race(litter, "mutation") else misses + 1
+
+    def _race(self, challengers: Sequence[FactorTier], origin: str) -> bool:
+        """Run challengers over the documents against the champion; whether one took its place."""
+        alive = list(dict.fromkeys(tier for tier in challengers if tier != self.best.tier))
+        winner = race(self.fitness, self.best.losses, alive)
+        if winner is None:
+            return False
+        self._crown(*winner, origin)
+        return True
+
+
+def race(
+    fitness: Fitness, champion: FloatArray, challengers: Sequence[FactorTier]
+) -> tuple[FactorTier, FloatArray] | None:
+    """The challenger that beats the champion by most over all documents, with its losses.
+
+    Document by document, whoever is clearly behind the champion on the documents so far leaves,
+    and so does the worse half of the rest (successive halving).
+
+    Args:
+        champion: (documents,) losses of the champion.
+    """
+    alive = {tier: np.empty(0) for tier in challengers}
+    for count, document in enumerate(fitness.documents, start=1):
+        if not alive:
+            return None
+        jobs = [fitness.job(tier, document) for tier in alive]
+        for tier, score in zip(alive, fitness.evaluator.scores(jobs), strict=True):
+            alive[tier] = np.append(alive[tier], score.mean)
+        means = {tier: Difference.of(losses, champion[:count]) for tier, losses in alive.items()}
+        hopeful = [
+            tier
+            for tier, d in means.items()
+            if d.mean <= (FAR if count == 1 else max(CLEARLY * d.error, 0.0))
+        ]
+        hopeful.sort(key=lambda tier: means[tier].mean)
+        if count < len(fitness.documents):
+            hopeful = hopeful[: max(1, (len(alive) + 1) // 2)]
+        alive = {tier: alive[tier] for tier in hopeful}
+    best = min(alive, key=lambda tier: alive[tier].mean(), default=None)
+    if best is None or not alive[best].mean() < champion.mean():
+        return None
+    return best, alive[best]

@@ -1,0 +1,327 @@
+"""A search from texts to factors.json: find, choose on validation documents, report on test ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrope_export import __version__
+from longrope_export.config import FactorTier, LongRopeConfig
+from longrope_export.errors import ConfigError
+from longrope_export.factor_files import write_factors
+from longrope_export.ladder import MethodOptions, attention_factor, make_config, parse_ladder
+from longrope_export.models.model import Model
+from longrope_export.outputs import write_text
+from longrope_export.search.algorithms import Algorithm, Finalist, find_finalists
+from longrope_export.search.documents import split_documents
+from longrope_export.search.evaluator import Evaluator, Fitness, Progress, single_tier
+from longrope_export.search.jobs import Document, Span, Workers
+from longrope_export.search.judge import better_rule, choose, measure_rules, tabulate
+from longrope_export.search.ladder_search import LadderSearch, LadderSettings
+from longrope_export.search.needles import make_needles
+from longrope_export.search.options import SEARCHED_ATTENTION, Event, Outcome, SearchOptions
+from longrope_export.search.space import START_TOKENS, SearchSpace, make_space, with_start
+from longrope_export.search.state import RunFolder
+from longrope_export.verify.certificate import content_hash
+
+CLOSED_FORMS = ("pi", "ntk", "dynamic-ntk", "yarn")
+STRENGTHS = (0.6, 0.3)  # of YaRN's attention factor, as further seeds
+CHEAP_BLOCKS = 4
+RESULT = "result.json"
+FACTORS = "factors.json"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenized works.
+
+    Attributes:
+        works: (name, ids) without special tokens.
+        encode: ids of a text, without special tokens.
+        start: ids that stand in front of every window.
+    """
+
+    works: Sequence[tuple[str, Sequence[int]]]
+    encode: Callable[[str], list[int]]
+    start: tuple[int, ...] = ()
+
+
+class SearchRun:
+    """One run in one folder.
+
+    Args:
+        model: the source.
+        texts: at least one window of the target length.
+        options: see there.
+        folder: RUN/.
+        make_workers: starts whoever computes, given all documents.
+        resume: go on with a run that is there.
+        observe: told of progress.
+
+    Raises:
+        ConfigError: texts too short, a target that is no extension, a run with other settings.
+        OutputError: the folder holds a run already, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        texts: Texts,
+        options: SearchOptions,
+        folder: Path,
+        make_workers: Callable[[Sequence[Document]], Workers],
+        *,
+        resume: bool = False,
+        observe: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.model, self.options, self.folder = model, options, folder
+        self._observe = observe
+        self._event = Event("reading")
+        if options.target_length <= model.window:
+            raise ConfigError(
+                f"--target-length {options.target_length}: the model's own window is "
+                f"{model.window} already"
+            )
+        rng = np.random.default_rng(options.seed)
+        counts = (options.num_search_documents, *options.documents[1:])
+        self.split = split_documents(texts.works, options.target_length, counts, rng, texts.start)
+        documents = list(self.split.all)
+        self._needles = self._add_needles(documents, texts, rng)
+        self.run = RunFolder(folder, self._settings(documents), resume=resume)
+        self.workers = make_workers(documents)
+        self.searching = Evaluator(self.workers, self.run, options.budget, self._progress)
+        self.judging = Evaluator(self.workers, self.run, None, self._progress)
+        self.history: list[dict[str, Any]] = []
+
+    def close(self) -> None:
+        """End the workers and close the log."""
+        self.workers.close()
+        self.run.close()
+
+    # -- the three parts
+
+    def execute(self) -> Outcome:
+        """Search, choose, report; writes factors.json and result.json.
+
+        Raises:
+            LongRopeError: what the workers or the disk raise; the run can be resumed.
+        """
+        closed = self._closed_forms()
+        candidates = self._search_ladder() if self.options.ladder else self._search_tier(closed)
+        self._say("choosing on validation documents")
+        configs = {**candidates, **closed}
+        validation = self._indices("validation")
+        chosen = choose(self.judging, configs, validation)
+        config = configs[chosen]
+        config, rules = self._with_rule(config)
+        self._say("reporting on test documents")
+        best_form = choose(self.judging, closed, validation)
+        test = {**closed, **self._ablation(chosen, configs[chosen]), "result": config}
+        rows = tabulate(self.judging, test, self._indices("test"), best_form)
+        result = {
+            "chosen": chosen,
+            "baseline": best_form,
+            "test": [row.to_json() for row in rows],
+            "validation": [
+                row.to_json() for row in tabulate(self.judging, configs, validation, best_form)
+            ],
+            "rules": [asdict(rule) for rule in rules],
+            "held_out": self.split.note or "search, validation and test come from different works",
+            "documents": {
+                name: [document.name for document in getattr(self.split, name)]
+                for name in ("search", "validation", "test")
+            },
+            "history": self.history,
+            "spent": self._spent(self.searching),
+            "judging": self._spent(self.judging),
+        }
+        config = replace(config, provenance=self._provenance(chosen, result))
+        write_factors(config, self.folder / FACTORS)
+        write_text(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
+        return Outcome(config, result)
+
+    def _search_tier(self, closed: Mapping[str, LongRopeConfig]) -> dict[str, LongRopeConfig]:
+        self._say("searching")
+        options, space = self.options, self._space()
+        template = single_tier(next(iter(closed.values())))
+        needles = options.algorithm is Algorithm.LONGROPE2
+        documents = self._needles["search"] if needles else self._indices("search")
+        fitness = Fitness(self.searching, template, documents)
+        cheap = Fitness(self.searching, template, documents[:1], self._cheap_blocks())
+        finalists = find_finalists(
+            options.algorithm,
+            space,
+            self._seeds(space, closed),
+            fitness,
+            cheap,
+            np.random.default_rng(options.seed + 1),
+            evolution=options.sizes,
+            practical=options.practical,
+            on_best=self._found,
+        )
+        return {
+            f"searched ({number}, {finalist.origin})": template(finalist.tier)
+            for number, finalist in enumerate(finalists, start=1)
+        }
+
+    def _search_ladder(self) -> dict[str, LongRopeConfig]:
+        assert self.options.ladder is not None
+        lengths = parse_ladder(self.options.ladder, self.model.window, self.options.target_length)
+        settings = LadderSettings(
+            tuple(lengths[1:]),
+            family_evaluations=self.options.practical.family_evaluations,
+            tier_tokens=self.options.tier_tokens,
+            refine=self.options.refine,
+        )
+
+        def found(loss: float, origin: str) -> None:
+            self._found(Finalist(self.model.native.tiers[-1], loss, origin))
+
+        search = LadderSearch(self.model, self.searching, self._indices("search"), settings, found)
+        self._say("searching the smooth family")
+        family = search.find_family()
+        candidates = {"searched family": search.member(family)}
+        if settings.refine:
+            self._say("searching tier by tier")
+            candidates["searched tiers"] = search.config(search.refine(family))
+        return candidates
+
+    # -- what they need
+
+    def _closed_forms(self) -> dict[str, LongRopeConfig]:
+        target, ladder = self.options.target_length, self.options.ladder
+        forms = {name: make_config(self.model, name, target) for name in CLOSED_FORMS}
+        if ladder is None:
+            return {n: single_tier(c)(c.tiers[-1]) for n, c in forms.items()}
+        named = {"yarn": single_tier(forms["yarn"])(forms["yarn"].tiers[-1])}
+        for strength in (1.0, *STRENGTHS[:1]):
+            name = f"yarn ladder, strength {strength:g}"
+            options = MethodOptions(attention_strength=strength)
+            named[name] = make_config(self.model, "yarn", target, ladder=ladder, options=options)
+        return named
+
+    def _space(self) -> SearchSpace:
+        options, native = self.options, self.model.native
+        ratio = options.target_length / self.model.window
+        start = START_TOKENS if options.start_tokens else (native.tiers[-1].num_start_tokens,)
+        if options.attention == SEARCHED_ATTENTION:
+            log = float(np.log(ratio))
+            scope = (1.0, round(1.0 + 0.25 * log, 3))
+            return make_space(
+                native, options.target_length, attention_range=scope, start_tokens=start
+            )
+        factor = attention_factor(options.attention, ratio, self.model.window, 1.0)
+        return make_space(native, options.target_length, attention=factor, start_tokens=start)
+
+    def _seeds(
+        self, space: SearchSpace, closed: Mapping[str, LongRopeConfig]
+    ) -> dict[str, FactorTier]:
+        """The paper's three; with the attention factor as a gene, the closed forms as they are."""
+        if space.attention_range is None:
+            return space.seeds(self.model.native.provenance.get("family", ""))
+        seeds = {name: config.tiers[-1] for name, config in closed.items()}
+        for strength in STRENGTHS:
+            options = MethodOptions(attention_strength=strength)
+            made = make_config(self.model, "yarn", self.options.target_length, options=options)
+            seeds[f"yarn, strength {strength:g}"] = made.tiers[-1]
+        return seeds
+
+    def _with_rule(self, config: LongRopeConfig) -> tuple[LongRopeConfig, list[Any]]:
+        """The model's own tiers in front, and the rule that is better, or that was asked for."""
+        native = self.model.native
+        if len(config.tiers) == 1:
+            config = replace(config, tiers=(*native.tiers, *config.tiers))
+        if self.options.switch is not None:
+            return replace(config, switch=self.options.switch), []
+        self._say("measuring both rules")
+        needles = self._needles.get("validation", [])
+        rows = measure_rules(self.judging, config, self._indices("validation"), needles)
+        return replace(config, switch=better_rule(rows)), list(rows)
+
+    def _ablation(self, name: str, config: LongRopeConfig) -> dict[str, LongRopeConfig]:
+        """The chosen single tier without its start tokens: what they are worth (table 11)."""
+        tier = config.tiers[-1]
+        rows = {name: config}
+        if len(config.tiers) == 1 and tier.num_start_tokens:
+            rows[f"{name}, no start tokens"] = replace(config, tiers=(with_start(tier, 0),))
+        return rows
+
+    def _add_needles(
+        self, documents: list[Document], texts: Texts, rng: np.random.Generator
+    ) -> dict[str, list[int]]:
+        """Documents with needles, behind the others; their indices."""
+        wanted: dict[str, tuple[Sequence[Document], int]] = {}
+        if self.options.algorithm is Algorithm.LONGROPE2 and not self.options.ladder:
+            wanted["search"] = (self.split.search, 1)
+        if self.options.switch is None and self.options.needle_keys:
+            wanted["validation"] = (self.split.validation, self.options.needle_keys)
+        indices: dict[str, list[int]] = {}
+        for name, (haystacks, keys) in wanted.items():
+            indices[name] = []
+            for haystack in haystacks:
+                indices[name].append(len(documents))
+                documents.append(make_needles(haystack, texts.encode, keys, rng, texts.start))
+        return indices
+
+    def _indices(self, name: str) -> list[int]:
+        sizes = {n: len(getattr(self.split, n)) for n in ("search", "validation", "test")}
+        before = {"search": 0, "validation": sizes["search"]}
+        before["test"] = sizes["search"] + sizes["validation"]
+        return list(range(before[name], before[name] + sizes[name]))
+
+    def _cheap_blocks(self) -> tuple[Span, ...]:
+        """A few blocks over the whole target, an eighth of its tokens together at most."""
+        length = self.options.target_length
+        size = max(8, min(512, length // (8 * CHEAP_BLOCKS)))
+        starts = np.linspace(0, length - size, CHEAP_BLOCKS).round().astype(int)
+        return tuple((int(start), int(start) + size) for start in starts)
+
+    def _settings(self, documents: Sequence[Document]) -> dict[str, Any]:
+        ids = json.dumps([[d.ids, d.answers] for d in documents]).encode()
+        return {
+            "tool": f"longrope-export {__version__}",
+            "model_sha256": content_hash(self.model.path),
+            "documents_sha256": hashlib.sha256(ids).hexdigest(),
+            "options": self.options.to_json(),
+        }
+
+    def _provenance(self, chosen: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        kept = ("chosen", "baseline", "test", "rules", "held_out", "documents", "spent")
+        return {
+            "method": f"search ({self.options.algorithm})",
+            "target_length": self.options.target_length,
+            "options": json.loads(json.dumps(self.options.to_json())),
+            "model_fingerprint": self.model.fingerprint,
+            "tool": f"longrope-export {__version__}",
+            "search": json.loads(json.dumps({name: result[name] for name in kept})),
+        }
+
+    # -- telling
+
+    def _say(self, phase: str) -> None:
+        self._event = replace(self._event, phase=phase, progress=None)
+        self._observe(self._event)
+
+    def _progress(self, progress: Progress) -> None:
+        self._event = replace(self._event, progress=progress)
+        self._observe(self._event)
+
+    def _found(self, finalist: Finalist) -> None:
+        self._event = replace(self._event, best=finalist.loss, origin=finalist.origin)
+        spent = self._spent(self.searching)
+        self.history.append({**spent, "loss": finalist.loss, "origin": finalist.origin})
+        self._observe(self._event)
+
+    @staticmethod
+    def _spent(evaluator: Evaluator) -> dict[str, Any]:
+        return {
+            "evaluations": evaluator.evaluations,
+            "tokens": evaluator.tokens,
+            "seconds": evaluator.seconds,
+        }
