@@ -9,11 +9,13 @@ gain. It is trained on the CPU at the first call, minutes, and kept in the user'
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ RECIPE: dict[str, Any] = {
         "tie_word_embeddings": True,
         "bos_token_id": 256,
         "eos_token_id": 257,
-        "pad_token_id": 258,
+        "pad_token_id": 257,
     },
     "texts": TRAIN_TEXTS,
     "archives": [source.sha256 for source in SOURCES if {*source.texts} & {*TRAIN_TEXTS}],
@@ -72,8 +74,8 @@ def trained_model(say: Say = say_nothing) -> Path:
     """The Hugging Face folder of the model, trained at the first call and kept in the cache.
 
     Its name holds a hash of RECIPE. Training that is killed leaves nothing under that name. A
-    token is a byte, 0 to 255; <bos>, <eos> and <pad> are there for tools that want them and were
-    never trained. llama.cpp has no name for the tokenizer, and needs none of its splitting rules:
+    token is a byte, 0 to 255; <bos> and <eos> are there for tools that want them and were never
+    trained. llama.cpp has no name for the tokenizer, and any of its splitting rules will do:
     `longrope-export gguf --pre gpt-2`.
 
     Raises:
@@ -85,13 +87,25 @@ def trained_model(say: Say = say_nothing) -> Path:
         if not folder.is_dir():
             texts = fetch_texts(say)
             data = b"\n".join(texts[name].read_bytes() for name in TRAIN_TEXTS)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _threads_that_are_free():
                 torch.manual_seed(RECIPE["seed"])
                 model = _train(torch.frombuffer(bytearray(data), dtype=torch.uint8), say)
             with replace_folder_when_done(folder) as temporary:
                 model.save_pretrained(temporary)
                 _write_tokenizer(temporary)
     return folder
+
+
+@contextlib.contextmanager
+def _threads_that_are_free() -> Iterator[None]:
+    """On a busy machine threads wait for each other: two took seven times as long as one."""
+    before = torch.get_num_threads()
+    free = round((os.cpu_count() or 1) - os.getloadavg()[0])
+    torch.set_num_threads(max(1, min(before, free)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(data: Tensor, say: Say) -> Any:
@@ -170,22 +184,29 @@ def _orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json: the id of a byte is its value."""
+    """tokenizer.json and tokenizer_config.json: the id of a byte is its value.
+
+    llama.cpp wants merges: there is one, of two bytes that are never in UTF-8.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's letters for bytes
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}
     letters |= {byte: chr(256 + index) for index, byte in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
+    unused = (letters[0xFE], letters[0xFF])
+    vocabulary = {letters[byte]: byte for byte in range(256)}
+    vocabulary |= {"<bos>": 256, "<eos>": 257, "".join(unused): 258}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [unused]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<bos>", "<eos>", "<pad>"]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<bos>", "<eos>")])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict(zip(("bos_token", "eos_token", "pad_token"), special, strict=True)),
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<eos>",
         "clean_up_tokenization_spaces": False,
         "model_max_length": WINDOW,
     }
