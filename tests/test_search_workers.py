@@ -18,6 +18,7 @@ from tiny_models import make_model
 from worker_setups import WINDOW, Toy, Watched, config, jobs_of, toy
 
 from longrope_export.errors import LongRopeError, ModelError, ToolError
+from longrope_export.search import dispatch
 from longrope_export.search.dispatch import HeldPrefixes, JobQueue
 from longrope_export.search.jobs import Document, Job, Score, Workers
 from longrope_export.search.pool import Setup
@@ -228,38 +229,36 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_ray_agrees_though_an_actor_is_killed(
-    setup: Watched, jobs: list[Job], expected: list[Score]
-) -> None:
-    before = set(setup.pids.iterdir()) if setup.pids.exists() else set()
-    workers = make_workers(setup, ray_address="auto", num_workers=2)
-    with contextlib.closing(workers):
-        check_equal(collect(workers, jobs, kill_one(setup)), expected)
-    assert len(set(setup.pids.iterdir()) - before) >= 2
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_ray_actor_killed_in_its_job_is_replaced(tmp_path: Path) -> None:
-    setup = toy(tmp_path, "", "die once", "")
+def test_ray_agrees(setup: Watched, jobs: list[Job], expected: list[Score]) -> None:
     workers = make_workers(setup, ray_address="auto", num_workers=1)
     with contextlib.closing(workers):
-        assert [score.mean for score in collect(workers, jobs_of(setup))] == [0, 1, 2]
-    assert len(list(setup.pids.iterdir())) == 2
+        check_equal(collect(workers, jobs), expected)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_ray_says_what_went_wrong(tmp_path: Path) -> None:
-    def run(setup: Setup) -> None:
-        workers = make_workers(setup, ray_address="auto", num_workers=1)
-        with contextlib.closing(workers):
-            collect(workers, jobs_of(setup))
+def test_ray_replaces_what_was_killed_and_says_what_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = toy(tmp_path, "", "die once", "", "raise ours", "die")
+    jobs = jobs_of(setup)
+    workers = make_workers(setup, ray_address="auto", num_workers=1)
+    with contextlib.closing(workers):
+        assert [score.mean for score in collect(workers, jobs[:3])] == [0, 1, 2]
+        assert len(list(setup.pids.iterdir())) == 2
+        with pytest.raises(ModelError, match="the loss is nan"):
+            collect(workers, jobs[3:])
+        monkeypatch.setattr(dispatch, "MAX_RETRIES", 0)  # an actor takes seconds to start
+        with pytest.raises(ToolError, match=r"on Ray \(cpu, .*died.*document 4 .*lost 1 worker"):
+            collect(workers, jobs[4:])
 
-    with pytest.raises(ModelError, match="the loss is nan"):
-        run(toy(tmp_path, "raise ours"))
-    with pytest.raises(ModelError, match="not there on the Ray node"):
-        run(Toy(tmp_path / "elsewhere", (Document((1,)),), WINDOW, pids=tmp_path / "pids"))
-    with pytest.raises(ToolError, match=r"on Ray \(cpu, .*died.*document 0 .*lost 3 workers"):
-        run(toy(tmp_path, "die"))
+
+def test_a_ray_node_without_the_model_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install 'longrope-export[ray]'")
+    from longrope_export.search.ray_workers import _NodeHost
+
+    error = _NodeHost().load(toy(tmp_path / "elsewhere"), "cpu", 1).error
+    assert isinstance(error, ModelError)
+    assert "elsewhere: not there on the Ray node" in str(error)
 
 
 @pytest.mark.usefixtures("cluster")

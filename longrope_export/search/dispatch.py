@@ -115,7 +115,7 @@ class JobQueue:
         self._losses[index] += 1
         if self._losses[index] > MAX_RETRIES:
             raise ToolError(
-                f"{what} while it computed {describe(self._jobs[index])}; this job has now lost "
+                f"{what} while it computed {describe(self._jobs[index])}; it has now lost "
                 f"{self._losses[index]} workers; look for a lack of memory (dmesg, nvidia-smi), "
                 f"or leave that device out"
             )
