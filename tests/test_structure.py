@@ -15,7 +15,7 @@ CORE = ROOT / "longrope_export"
 # the text of the modelling file that exported folders carry: it subclasses torch and transformers
 # classes, and only functions of hf_runtime import it
 TORCH_CORE = CORE / "hf_runtime" / "core"
-HEAVY = ("torch", "transformers", "matplotlib", "onnx", "onnxruntime")
+HEAVY = ("torch", "transformers", "matplotlib", "onnx", "onnxruntime", "ray")
 
 
 def imports_of(path: Path) -> set[str]:
