@@ -58,6 +58,7 @@ def find_finalists(
     evolution: EvolutionSettings,
     practical: PracticalSettings,
     on_best: Callable[[Finalist], None],
+    on_seeds: Callable[[dict[str, float]], None],
 ) -> list[Finalist]:
     """Run one search for one tier.
 
@@ -65,14 +66,15 @@ def find_finalists(
         seeds: named individuals to begin with.
         fitness, cheap: see PracticalSearch; the papers' searches use `fitness` alone.
         on_best: told of each new best individual.
+        on_seeds: told the losses of the seeds that saw whole windows.
 
     Returns:
         At most FINALISTS, best first.
     """
     if algorithm is Algorithm.PRACTICAL:
-        search = PracticalSearch(
-            space, fitness, cheap, rng, practical, lambda champion: on_best(_finalist(champion))
-        )
+        search = PracticalSearch(space, fitness, cheap, rng, practical)
+        search.on_champion = lambda champion: on_best(_finalist(champion))
+        search.on_seeds = on_seeds
         champions = search.run(dict(seeds))
         return [_finalist(champion) for champion in champions[::-1][:FINALISTS]]
     variation: Variation = space
@@ -82,6 +84,8 @@ def find_finalists(
         individuals = [variation.draw(rng) for _ in range(evolution.population)]
     keeper = _Keeper(on_best)
     with contextlib.suppress(BudgetSpentError):
+        if algorithm is Algorithm.LONGROPE:
+            on_seeds(dict(zip(seeds, fitness(individuals), strict=True)))
         evolve(variation, individuals, evolution, fitness, rng, on_scored=keeper.add)
     return [Finalist(tier, loss, str(algorithm)) for loss, tier in keeper.best]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
+from longrope_export.definition import to_json
 from longrope_export.errors import ConfigError
 from longrope_export.ladder import attention_factor
 from longrope_export.search.algorithms import Algorithm
@@ -14,6 +15,7 @@ from longrope_export.search.evaluator import Budget, Progress
 from longrope_export.search.evolution import EvolutionSettings
 from longrope_export.search.practical import PracticalSettings
 
+CLOSED_FORMS = ("pi", "ntk", "dynamic-ntk", "yarn")
 SEARCHED_ATTENTION = "search"
 
 
@@ -25,6 +27,8 @@ class SearchOptions:
         target_length: tokens.
         algorithm: whose search; a ladder and a recovery have their own.
         ladder: tier lengths as parse_ladder reads them; None searches for one tier.
+        closed_forms: methods that the result is compared with, on validation and test documents.
+        warm_start: a config whose last tier is one more individual to begin with.
         recover: lengths of short tiers of an extended model; nothing else is then searched.
         recover_cap: their largest lambda, as a multiple of the model's own factors.
         switch: the rule that is written; None measures both and writes the better.
@@ -42,6 +46,8 @@ class SearchOptions:
     target_length: int
     algorithm: Algorithm = Algorithm.LONGROPE
     ladder: str | None = None
+    closed_forms: tuple[str, ...] = CLOSED_FORMS
+    warm_start: LongRopeConfig | None = None
     recover: tuple[int, ...] = ()
     recover_cap: float = 1.0
     switch: SwitchPolicy | None = None
@@ -62,6 +68,13 @@ class SearchOptions:
             raise ConfigError(
                 f"--documents: expected at least one for validation and test, got {self.documents}"
             )
+        if not self.closed_forms:
+            raise ConfigError("a search needs at least one closed form to compare with")
+        if self.warm_start is not None and (self.ladder or self.algorithm is Algorithm.LONGROPE2):
+            raise ConfigError(
+                "a warm start belongs to the algorithms longrope and practical without a ladder; "
+                "here it would be ignored"
+            )
         if self.attention != SEARCHED_ATTENTION:
             attention_factor(self.attention, 2.0, 8192, 1.0)
 
@@ -76,7 +89,9 @@ class SearchOptions:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, for settings.json and provenance."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        warm = self.warm_start
+        return values | {"warm_start": None if warm is None else to_json(warm)}
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class PracticalSettings:
     """How much each stage may do.
 
     Attributes:
-        family_evaluations: members of the smooth family that are tried.
+        family_evaluations: members of the smooth family that are tried; 0 leaves it out.
         gradient_steps: steps along the gradient; 0 leaves it out.
         litter: challengers of one race of the last stage.
         patience: races of the last stage without a new champion after which the search has
@@ -74,6 +74,7 @@ class PracticalSearch:
         cheap: moved blocks, only to throw out the hopeless; None without.
         rng: drives the last stage.
         on_champion: told of each new champion.
+        on_seeds: told the losses of the seeds that were not hopeless.
     """
 
     space: SearchSpace
@@ -82,6 +83,7 @@ class PracticalSearch:
     rng: np.random.Generator
     settings: PracticalSettings = field(default_factory=PracticalSettings)
     on_champion: Callable[[Champion], None] = lambda champion: None
+    on_seeds: Callable[[dict[str, float]], None] = lambda losses: None
     champions: list[Champion] = field(default_factory=list)
 
     def run(self, seeds: dict[str, FactorTier]) -> list[Champion]:
@@ -115,11 +117,14 @@ class PracticalSearch:
                 n for n, loss in zip(names, cheap, strict=True) if loss < cheap.min() + HOPELESS
             ]
         losses = self.fitness.losses([seeds[name] for name in names])
+        self.on_seeds(dict(zip(names, losses.mean(axis=1).tolist(), strict=True)))
         order = int(losses.mean(axis=1).argmin())
         self._crown(seeds[names[order]], losses[order], f"seed {names[order]}")
 
     def _family(self) -> None:
         """Minimise over the smooth family; the same documents for all, so there is no noise."""
+        if not self.settings.family_evaluations:
+            return
 
         def loss(point: FloatArray) -> float:
             member = from_coordinates(point)

@@ -2,116 +2,49 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from longrope_export import __version__
 from longrope_export.config import FactorTier, LongRopeConfig
 from longrope_export.errors import ConfigError
-from longrope_export.factor_files import write_factors
 from longrope_export.ladder import MethodOptions, attention_factor, make_config, parse_ladder
-from longrope_export.models.model import Model
-from longrope_export.outputs import write_text
 from longrope_export.search.algorithms import Algorithm, Finalist, find_finalists
 from longrope_export.search.documents import split_documents
-from longrope_export.search.evaluator import Evaluator, Fitness, Progress, single_tier
-from longrope_export.search.jobs import Document, Span, Workers
+from longrope_export.search.evaluator import Fitness, single_tier
+from longrope_export.search.jobs import Document, Span
 from longrope_export.search.judge import better_rule, choose, measure_rules, tabulate
 from longrope_export.search.ladder_search import LadderSearch, LadderSettings
 from longrope_export.search.needles import make_needles
-from longrope_export.search.options import SEARCHED_ATTENTION, Event, Outcome, SearchOptions
+from longrope_export.search.options import SEARCHED_ATTENTION, Outcome
+from longrope_export.search.run_base import Run, Texts, indices_of, names_of
 from longrope_export.search.space import START_TOKENS, SearchSpace, make_space, with_start
-from longrope_export.search.state import RunFolder
-from longrope_export.verify.certificate import content_hash
 
-CLOSED_FORMS = ("pi", "ntk", "dynamic-ntk", "yarn")
 STRENGTHS = (0.6, 0.3)  # of YaRN's attention factor, as further seeds
 CHEAP_BLOCKS = 4
-RESULT = "result.json"
-FACTORS = "factors.json"
+HELD_OUT = "search, validation and test come from different works"
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Tokenized works.
+class SearchRun(Run):
+    """A search for one tier or for a ladder. Raises as Run does."""
 
-    Attributes:
-        works: (name, ids) without special tokens.
-        encode: ids of a text, without special tokens.
-        start: ids that stand in front of every window.
-    """
-
-    works: Sequence[tuple[str, Sequence[int]]]
-    encode: Callable[[str], list[int]]
-    start: tuple[int, ...] = ()
-
-
-class SearchRun:
-    """One run in one folder.
-
-    Args:
-        model: the source.
-        texts: at least one window of the target length.
-        options: see there.
-        folder: RUN/.
-        make_workers: starts whoever computes, given all documents.
-        resume: go on with a run that is there.
-        observe: told of progress.
-
-    Raises:
-        ConfigError: texts too short, a target that is no extension, a run with other settings.
-        OutputError: the folder holds a run already, or cannot be written.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        texts: Texts,
-        options: SearchOptions,
-        folder: Path,
-        make_workers: Callable[[Sequence[Document]], Workers],
-        *,
-        resume: bool = False,
-        observe: Callable[[Event], None] = lambda event: None,
-    ) -> None:
-        self.model, self.options, self.folder = model, options, folder
-        self._observe = observe
-        self._event = Event("reading")
-        if options.target_length <= model.window:
+    def _prepare(self, texts: Texts, rng: np.random.Generator) -> list[Document]:
+        options = self.options
+        if options.target_length <= self.model.window:
             raise ConfigError(
                 f"--target-length {options.target_length}: the model's own window is "
-                f"{model.window} already"
+                f"{self.model.window} already"
             )
-        rng = np.random.default_rng(options.seed)
         counts = (options.num_search_documents, *options.documents[1:])
         self.split = split_documents(texts.works, options.target_length, counts, rng, texts.start)
         documents = list(self.split.all)
         self._needles = self._add_needles(documents, texts, rng)
-        self.run = RunFolder(folder, self._settings(documents), resume=resume)
-        self.workers = make_workers(documents)
-        self.searching = Evaluator(self.workers, self.run, options.budget, self._progress)
-        self.judging = Evaluator(self.workers, self.run, None, self._progress)
-        self.history: list[dict[str, Any]] = []
-
-    def close(self) -> None:
-        """End the workers and close the log."""
-        self.workers.close()
-        self.run.close()
-
-    # -- the three parts
+        return documents
 
     def execute(self) -> Outcome:
-        """Search, choose, report; writes factors.json and result.json.
-
-        Raises:
-            LongRopeError: what the workers or the disk raise; the run can be resumed.
-        """
+        """See Run."""
         closed = self._closed_forms()
         candidates = self._search_ladder() if self.options.ladder else self._search_tier(closed)
         self._say("choosing on validation documents")
@@ -132,19 +65,10 @@ class SearchRun:
                 row.to_json() for row in tabulate(self.judging, configs, validation, best_form)
             ],
             "rules": [asdict(rule) for rule in rules],
-            "held_out": self.split.note or "search, validation and test come from different works",
-            "documents": {
-                name: [document.name for document in getattr(self.split, name)]
-                for name in ("search", "validation", "test")
-            },
-            "history": self.history,
-            "spent": self._spent(self.searching),
-            "judging": self._spent(self.judging),
+            "held_out": self.split.note or HELD_OUT,
+            "documents": names_of(self.split),
         }
-        config = replace(config, provenance=self._provenance(chosen, result))
-        write_factors(config, self.folder / FACTORS)
-        write_text(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
-        return Outcome(config, result)
+        return self._finish(config, result)
 
     def _search_tier(self, closed: Mapping[str, LongRopeConfig]) -> dict[str, LongRopeConfig]:
         self._say("searching")
@@ -164,6 +88,7 @@ class SearchRun:
             evolution=options.sizes,
             practical=options.practical,
             on_best=self._found,
+            on_seeds=self._seeded,
         )
         return {
             f"searched ({number}, {finalist.origin})": template(finalist.tier)
@@ -196,10 +121,11 @@ class SearchRun:
 
     def _closed_forms(self) -> dict[str, LongRopeConfig]:
         target, ladder = self.options.target_length, self.options.ladder
-        forms = {name: make_config(self.model, name, target) for name in CLOSED_FORMS}
         if ladder is None:
+            forms = {n: make_config(self.model, n, target) for n in self.options.closed_forms}
             return {n: single_tier(c)(c.tiers[-1]) for n, c in forms.items()}
-        named = {"yarn": single_tier(forms["yarn"])(forms["yarn"].tiers[-1])}
+        yarn = make_config(self.model, "yarn", target)
+        named = {"yarn": single_tier(yarn)(yarn.tiers[-1])}
         for strength in (1.0, *STRENGTHS[:1]):
             name = f"yarn ladder, strength {strength:g}"
             options = MethodOptions(attention_strength=strength)
@@ -223,12 +149,14 @@ class SearchRun:
         self, space: SearchSpace, closed: Mapping[str, LongRopeConfig]
     ) -> dict[str, FactorTier]:
         """The paper's three; with the attention factor as a gene, the closed forms as they are."""
+        target, warm = self.options.target_length, self.options.warm_start
+        begin = {} if warm is None else {"warm start": replace(warm.tiers[-1], max_length=target)}
         if space.attention_range is None:
-            return space.seeds(self.model.native.provenance.get("family", ""))
-        seeds = {name: config.tiers[-1] for name, config in closed.items()}
+            return begin | space.seeds(self.model.native.provenance.get("family", ""))
+        seeds = begin | {name: config.tiers[-1] for name, config in closed.items()}
         for strength in STRENGTHS:
             options = MethodOptions(attention_strength=strength)
-            made = make_config(self.model, "yarn", self.options.target_length, options=options)
+            made = make_config(self.model, "yarn", target, options=options)
             seeds[f"yarn, strength {strength:g}"] = made.tiers[-1]
         return seeds
 
@@ -270,10 +198,7 @@ class SearchRun:
         return indices
 
     def _indices(self, name: str) -> list[int]:
-        sizes = {n: len(getattr(self.split, n)) for n in ("search", "validation", "test")}
-        before = {"search": 0, "validation": sizes["search"]}
-        before["test"] = sizes["search"] + sizes["validation"]
-        return list(range(before[name], before[name] + sizes[name]))
+        return indices_of(self.split, name)
 
     def _cheap_blocks(self) -> tuple[Span, ...]:
         """A few blocks over the whole target, an eighth of its tokens together at most."""
@@ -281,47 +206,3 @@ class SearchRun:
         size = max(8, min(512, length // (8 * CHEAP_BLOCKS)))
         starts = np.linspace(0, length - size, CHEAP_BLOCKS).round().astype(int)
         return tuple((int(start), int(start) + size) for start in starts)
-
-    def _settings(self, documents: Sequence[Document]) -> dict[str, Any]:
-        ids = json.dumps([[d.ids, d.answers] for d in documents]).encode()
-        return {
-            "tool": f"longrope-export {__version__}",
-            "model_sha256": content_hash(self.model.path),
-            "documents_sha256": hashlib.sha256(ids).hexdigest(),
-            "options": self.options.to_json(),
-        }
-
-    def _provenance(self, chosen: str, result: Mapping[str, Any]) -> dict[str, Any]:
-        kept = ("chosen", "baseline", "test", "rules", "held_out", "documents", "spent")
-        return {
-            "method": f"search ({self.options.algorithm})",
-            "target_length": self.options.target_length,
-            "options": json.loads(json.dumps(self.options.to_json())),
-            "model_fingerprint": self.model.fingerprint,
-            "tool": f"longrope-export {__version__}",
-            "search": json.loads(json.dumps({name: result[name] for name in kept})),
-        }
-
-    # -- telling
-
-    def _say(self, phase: str) -> None:
-        self._event = replace(self._event, phase=phase, progress=None)
-        self._observe(self._event)
-
-    def _progress(self, progress: Progress) -> None:
-        self._event = replace(self._event, progress=progress)
-        self._observe(self._event)
-
-    def _found(self, finalist: Finalist) -> None:
-        self._event = replace(self._event, best=finalist.loss, origin=finalist.origin)
-        spent = self._spent(self.searching)
-        self.history.append({**spent, "loss": finalist.loss, "origin": finalist.origin})
-        self._observe(self._event)
-
-    @staticmethod
-    def _spent(evaluator: Evaluator) -> dict[str, Any]:
-        return {
-            "evaluations": evaluator.evaluations,
-            "tokens": evaluator.tokens,
-            "seconds": evaluator.seconds,
-        }

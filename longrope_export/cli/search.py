@@ -1,0 +1,295 @@
+"""`longrope-export search`: find the factors that suit a model and its texts."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from longrope_export.cli.common import (
+    CONTEXT_SETTINGS,
+    is_quiet,
+    json_option,
+    model_options,
+    print_json,
+    say,
+)
+
+if TYPE_CHECKING:
+    from longrope_export.models.model import Model
+    from longrope_export.search.jobs import Document, Workers
+    from longrope_export.search.options import Event, Outcome, SearchOptions
+    from longrope_export.search.run_base import Texts
+
+ALGORITHMS = ("longrope", "longrope2", "practical")
+
+
+@click.command(context_settings=CONTEXT_SETTINGS)
+@model_options
+@click.option("--target-length", type=int, required=True, help="New maximum length in tokens.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    metavar="FILE|DIR|dataset:NAME",
+    help="Works longer than the target; .txt, .jsonl, folders of them; repeat it.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="RUN folder.")
+@click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
+@click.option(
+    "--algorithm", type=click.Choice(ALGORITHMS), default="longrope", show_default=True,
+    help="The paper's, LongRoPE2's, or the practical one.",
+)  # fmt: skip
+@click.option("--ladder", help="Search a ladder: 8192,16384,32768, or every:2048, or x1.25.")
+@click.option("--no-refine", is_flag=True, help="A ladder: its smooth family alone.")
+@click.option("--tier-tokens", type=int, help="A ladder: judge a tier on so many tokens [all].")
+@click.option(
+    "--recover", metavar="LENGTHS", help="Short tiers of an extended model, as 4096,8192."
+)
+@click.option("--recover-cap", type=float, default=1.0, show_default=True,
+              help="Their largest factors, times the model's own.")  # fmt: skip
+@click.option(
+    "--switch", type=click.Choice(["causal", "sequence"]), help="Rule [the better one, measured]."
+)
+@click.option(
+    "--documents", default="0,3,3", show_default=True, metavar="N,N,N",
+    help="For search, validation and test; 0: the paper's number.",
+)  # fmt: skip
+@click.option(
+    "--attention-factor", "attention",
+    help="longrope, yarn, none, a number, or search [longrope; practical: search].",
+)  # fmt: skip
+@click.option("--no-start-tokens", is_flag=True, help="Leave the start-token window alone.")
+@click.option("--against", default="pi,ntk,dynamic-ntk,yarn", show_default=True,
+              help="Closed forms that the result is compared with.")  # fmt: skip
+@click.option("--warm-start", type=click.Path(path_type=Path), help="Factors to begin with.")
+@click.option("--budget-tokens", type=float, help="Stop searching after so many forward tokens.")
+@click.option("--budget-minutes", type=float, help="Or after so many minutes of evaluations.")
+@click.option("--population", type=int, help="Individuals of the first generation [64].")
+@click.option("--iterations", type=int, help="Generations after it [40].")
+@click.option("--family-evaluations", type=int, default=40, show_default=True,
+              help="practical and ladders: members of the smooth family to try.")  # fmt: skip
+@click.option("--gradient-steps", type=int, default=24, show_default=True,
+              help="practical: steps along the gradient.")  # fmt: skip
+@click.option("--needle-keys", type=int, default=5, show_default=True,
+              help="Keys by which the rules are compared; 0: none.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+              show_default=True, help="Of the model.")  # fmt: skip
+@click.option("--device", "devices", multiple=True, metavar="DEVICE",
+              help="A process for each, as cuda:0; repeat it [the GPU if there is one].")  # fmt: skip
+@click.option("--ray", "ray_address", metavar="ADDRESS", help="Workers on a Ray cluster.")
+@click.option("--ray-workers", type=int, help="How many of them.")
+@json_option
+def command(
+    model: str, revision: str | None, local_files_only: bool, output: Path, as_json: bool,
+    resume: bool, texts: tuple[str, ...], devices: tuple[str, ...], ray_address: str | None,
+    ray_workers: int | None, warm_start: Path | None, **given: Any,
+) -> None:  # fmt: skip
+    """Find the factors that suit a model and its texts.
+
+    RUN gets factors.json, result.json, a log and plots. Candidates are scored on search
+    documents, the result is chosen on validation documents, and test documents are only reported
+    on. A run that was killed goes on with --resume and ends as an unbroken one.
+
+    \b
+    longrope-export search model/ --target-length 32768 --text books/ -o run/
+    longrope-export search model/ --target-length 32768 --text books/ -o run/ \\
+        --algorithm practical --budget-minutes 60
+    longrope-export search model/ --target-length 32768 --text books/ -o run/ --ladder every:2048
+    longrope-export search extended/ --target-length 131072 --text books/ -o run/ --recover 4096,8192
+    """
+    from longrope_export.factor_files import read_factors
+    from longrope_export.models.model import find_model, load_model
+    from longrope_export.search.documents import read_texts
+    from longrope_export.search.pool import Setup
+    from longrope_export.search.recovery import RecoveryRun
+    from longrope_export.search.run import SearchRun
+    from longrope_export.search.workers import make_workers
+
+    source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    warm = None if warm_start is None else read_factors(warm_start, source)
+    options = make_options(given, warm)
+    say(f"reading {', '.join(texts)}")
+    encoded = encode_texts(source, read_texts(texts))
+
+    def start(documents: Sequence[Document]) -> Workers:
+        setup = Setup(source.path, tuple(documents), source.window, options.dtype)
+        return make_workers(
+            setup, list(devices) or None, ray_address=ray_address, num_workers=ray_workers
+        )
+
+    make: type[SearchRun] | type[RecoveryRun] = RecoveryRun if options.recover else SearchRun
+    with show_progress() as observe:
+        run = make(source, encoded, options, output, start, resume=resume, observe=observe)
+        try:
+            outcome = run.execute()
+        finally:
+            run.close()
+    write_plots(source, options, outcome, output)
+    if as_json:
+        print_json(outcome.result)
+    if not is_quiet():
+        say_outcome(outcome, output)
+
+
+def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
+    """The options of the command as a SearchOptions.
+
+    Raises:
+        ConfigError: a list that is no list of numbers, or options that contradict each other.
+    """
+    from dataclasses import replace
+
+    from longrope_export.config import SwitchPolicy
+    from longrope_export.errors import ConfigError
+    from longrope_export.search.algorithms import Algorithm
+    from longrope_export.search.evaluator import Budget
+    from longrope_export.search.evolution import EvolutionSettings
+    from longrope_export.search.options import SearchOptions
+    from longrope_export.search.practical import PracticalSettings
+
+    def numbers(option: str, text: str, count: int | None = None) -> tuple[int, ...]:
+        try:
+            values = tuple(int(part) for part in text.split(","))
+        except ValueError as error:
+            raise ConfigError(f"--{option} {text}: expected whole numbers, as 4096,8192") from error
+        if count is not None and len(values) != count:
+            raise ConfigError(f"--{option} {text}: expected {count} numbers")
+        return values
+
+    algorithm, target = Algorithm(given["algorithm"]), given["target_length"]
+    attention = given["attention"]
+    if attention is None:
+        attention = "search" if algorithm is Algorithm.PRACTICAL else "longrope"
+    sizes = {name: given[name] for name in ("population", "iterations") if given[name] is not None}
+    search, validation, test = numbers("documents", given["documents"], 3)
+    tokens, minutes = given["budget_tokens"], given["budget_minutes"]
+    return SearchOptions(
+        target_length=target,
+        algorithm=algorithm,
+        ladder=given["ladder"],
+        closed_forms=tuple(given["against"].split(",")),
+        warm_start=warm,
+        recover=numbers("recover", given["recover"]) if given["recover"] else (),
+        recover_cap=given["recover_cap"],
+        switch=None if given["switch"] is None else SwitchPolicy(given["switch"]),
+        documents=(search, validation, test),
+        attention=attention,
+        start_tokens=not given["no_start_tokens"],
+        tier_tokens=given["tier_tokens"],
+        refine=not given["no_refine"],
+        needle_keys=given["needle_keys"],
+        seed=given["seed"],
+        dtype=given["dtype"],
+        budget=Budget(
+            None if tokens is None else int(tokens), None if minutes is None else 60 * minutes
+        ),
+        evolution=replace(EvolutionSettings.for_length(target), **sizes) if sizes else None,
+        practical=PracticalSettings(given["family_evaluations"], given["gradient_steps"]),
+    )
+
+
+def encode_texts(source: Model, works: Sequence[tuple[str, str]]) -> Texts:
+    """Tokenize works once, by the model's own tokenizer."""
+    from longrope_export.models.torch_model import load_torch_tokenizer
+    from longrope_export.search.documents import tokenize
+    from longrope_export.search.run_base import Texts
+
+    tokenizer = load_torch_tokenizer(source.path)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    # what the tokenizer puts in front of a text, and not what it puts behind it
+    plain, whole = encode("a"), tokenizer("a").input_ids
+    start = tuple(whole[: whole.index(plain[0])]) if plain and plain[0] in whole else ()
+    return Texts(tokenize(works, encode), encode, start)
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Callable[[Event], None]]:
+    """What is being done, the best so far against the closed forms, what is spent; on a terminal."""
+    if is_quiet() or not sys.stderr.isatty():
+        yield lambda event: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[spent]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading", total=None, spent="")
+
+        def observe(event: Event) -> None:
+            spent, share = "", None
+            if event.progress is not None:
+                share = event.progress.share
+                spent = f"{event.progress.evaluations} passes, {event.progress.tokens:,} tokens"
+            total = None if share is None else 1.0
+            progress.update(
+                task, description=describe(event), spent=spent, total=total, completed=share or 0
+            )
+
+        yield observe
+
+
+def describe(event: Event) -> str:
+    """One line: the phase, the best perplexity, and the closed forms beside it."""
+    from math import exp
+
+    if event.best is None:
+        return event.phase
+    line = f"{event.phase}: best {exp(event.best):.4f} ({event.origin})"
+    nearest = sorted(event.closed_forms.items(), key=lambda entry: entry[1])[:3]
+    return line + "".join(f", {name} {exp(loss):.4f}" for name, loss in nearest)
+
+
+def write_plots(source: Model, options: SearchOptions, outcome: Outcome, folder: Path) -> None:
+    """Plots beside the factors, or a word why there are none."""
+    from longrope_export.errors import ToolError
+    from longrope_export.ladder import make_config
+    from longrope_export.report.search_plots import write_search_plots
+
+    forms = {
+        name: make_config(source, name, options.target_length).tiers[-1]
+        for name in options.closed_forms
+        if not options.recover
+    }
+    try:
+        write_search_plots(outcome.result, outcome.config, forms, folder)
+    except ToolError as error:
+        say(f"no plots: {error}")
+
+
+def say_outcome(outcome: Outcome, folder: Path) -> None:
+    """The table of the test documents, what was held out, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    result = outcome.result
+    table = Table("factors", "perplexity", f"nats against {result['baseline']}", "std. errors",
+                  title=f"{len(result['documents']['test'])} test documents")  # fmt: skip
+    for row in result["test"]:
+        against = row["against_baseline"]
+        mean = "" if against is None else f"{against['mean']:+.4f}"
+        error = against and against["error"]
+        certainty = f"{against['mean'] / error:+.1f}" if error else ""
+        table.add_row(row["name"], f"{row['perplexity']:.4f}", mean, certainty)
+    Console(stderr=True).print(table)
+    say(f"chosen: {result['chosen']}, switch {outcome.config.switch}; {result['held_out']}")
+    say(f"{folder}/factors.json; next: longrope-export gguf MODEL --factors {folder}/factors.json")

@@ -1,0 +1,82 @@
+"""Pictures of a search: how the loss fell, and what was found against the closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrope_export.config import FactorTier, LongRopeConfig
+from longrope_export.errors import ToolError
+from longrope_export.outputs import replace_when_done
+
+CONVERGENCE = "convergence.png"
+FACTORS = "factors.png"
+
+
+def write_search_plots(
+    result: Mapping[str, Any], config: LongRopeConfig, forms: Mapping[str, FactorTier], folder: Path
+) -> list[Path]:
+    """convergence.png and factors.png, 150 dpi.
+
+    Args:
+        result: what result.json holds.
+        config: what was found.
+        forms: closed forms for the same length.
+
+    Raises:
+        ToolError: matplotlib is not installed.
+        OutputError: a file cannot be written.
+    """
+    pictures = {CONVERGENCE: _convergence(result), FACTORS: _factors(config, forms)}
+    for name, figure in pictures.items():
+        with replace_when_done(folder / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+    return [folder / name for name in pictures]
+
+
+def _convergence(result: Mapping[str, Any]) -> Any:
+    figure, axes = _figure()
+    history = result["history"]
+    tokens = [entry["tokens"] for entry in history] + [result["spent"]["tokens"]]
+    losses = [math.exp(entry["loss"]) for entry in history]
+    axes.step(tokens, [*losses, *losses[-1:]], where="post", lw=2, label="best so far")
+    best_seeds = sorted(result["seeds"].items(), key=lambda entry: entry[1])[:4]
+    for number, (name, loss) in enumerate(best_seeds):
+        axes.axhline(math.exp(loss), color=f"C{number + 1}", lw=1, ls="--", label=name)
+    axes.set(xlabel="forward tokens", ylabel="perplexity on the search documents")
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 6))
+    axes.legend(fontsize="small")
+    axes.set_title("convergence")
+    return figure
+
+
+def _factors(config: LongRopeConfig, forms: Mapping[str, FactorTier]) -> Any:
+    figure, axes = _figure()
+    pairs = np.arange(config.num_pairs)
+    for name, tier in forms.items():
+        label = f"{name}, attention factor {tier.attention_factor:.3f}"
+        axes.plot(pairs, tier.rescale_factors, lw=1, ls="--", label=label)
+    last = config.tiers[-1]
+    label = f"searched, attention factor {last.attention_factor:.3f}"
+    if last.num_start_tokens:
+        label += f", {last.num_start_tokens} start tokens"
+    axes.plot(pairs, last.rescale_factors, lw=2, color="black", label=label)
+    axes.set(yscale="log", xlabel="pair (0 turns fastest)", ylabel="rescale factor")
+    axes.set_title(f"factors for {config.max_position_embeddings:,} tokens")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _figure() -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ToolError(
+            "PNG plots need matplotlib: pip install 'longrope-export[plots]'"
+        ) from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    return figure, figure.subplots()

@@ -1,0 +1,118 @@
+"""Short tiers of an extended model: factors that give the short window back (LongRoPE, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ConfigError
+from longrope_export.search.algorithms import Algorithm, find_finalists
+from longrope_export.search.documents import Split, split_documents
+from longrope_export.search.evaluator import Fitness, single_tier
+from longrope_export.search.jobs import Document
+from longrope_export.search.judge import choose, tabulate
+from longrope_export.search.options import Outcome
+from longrope_export.search.run_base import Run, Texts, indices_of, names_of
+from longrope_export.search.space import make_recovery_space, recovery_seeds
+
+LONG = "long factors"
+PLAIN = "plain RoPE"
+
+
+class RecoveryRun(Run):
+    """One search for each short length; the model's own tier serves what is longer.
+
+    Raises as Run does.
+    """
+
+    def _prepare(self, texts: Texts, rng: np.random.Generator) -> list[Document]:
+        options, window = self.options, self.model.window
+        if options.target_length != window:
+            raise ConfigError(
+                f"--recover keeps the model's length: expected --target-length {window}, got "
+                f"{options.target_length}"
+            )
+        if options.algorithm is Algorithm.LONGROPE2 or options.ladder or options.warm_start:
+            raise ConfigError(
+                "--recover has its own seeds: it takes algorithm longrope or practical, and neither "
+                "--ladder nor --warm-start"
+            )
+        if list(options.recover) != sorted(set(options.recover)):
+            raise ConfigError(f"--recover: lengths must rise, got {options.recover}")
+        counts = (options.num_search_documents, *options.documents[1:])
+        documents: list[Document] = []
+        self._splits: dict[int, tuple[Split, int]] = {}
+        for length in options.recover:
+            split = split_documents(texts.works, length, counts, rng, texts.start)
+            self._splits[length] = split, len(documents)
+            documents += split.all
+        return documents
+
+    def execute(self) -> Outcome:
+        """See Run."""
+        tiers, results = [], []
+        for length in self.options.recover:
+            tier, result = self._recover(length)
+            tiers.append(tier)
+            results.append(result)
+        native = self.model.native
+        kept = [tier for tier in native.tiers if tier.max_length > self.options.recover[-1]]
+        config = replace(
+            native,
+            tiers=(*tiers, *kept),
+            switch=self.options.switch or SwitchPolicy.SEQUENCE,
+        )
+        last = results[-1]
+        shown = {
+            name: last[name] for name in ("chosen", "baseline", "test", "held_out", "documents")
+        }
+        return self._finish(config, {**shown, "recovered": results})
+
+    def _recover(self, length: int) -> tuple[FactorTier, dict[str, Any]]:
+        self._say(f"recovering {length} tokens")
+        options, native = self.options, self.model.native
+        split, first = self._splits[length]
+        space = make_recovery_space(native, length, options.recover_cap)
+        seeds = recovery_seeds(space, native)
+        template = single_tier(native)
+        fitness = Fitness(self.searching, template, indices_of(split, "search", first))
+        # no smooth family here: it interpolates towards longer text
+        finalists = find_finalists(
+            options.algorithm,
+            space,
+            seeds,
+            fitness,
+            None,
+            np.random.default_rng([options.seed, length]),
+            evolution=options.sizes,
+            practical=replace(options.practical, family_evaluations=0),
+            on_best=self._found,
+            on_seeds=self._seeded,
+        )
+        configs: dict[str, LongRopeConfig] = {
+            LONG: template(replace(native.tiers[-1], max_length=length)),
+            PLAIN: template(FactorTier(length, (1.0,) * native.num_pairs)),
+        }
+        for number, finalist in enumerate(finalists, start=1):
+            configs[f"recovered ({number}, {finalist.origin})"] = template(finalist.tier)
+        validation = indices_of(split, "validation", first)
+        chosen = choose(self.judging, configs, validation)
+        shown: Mapping[str, LongRopeConfig] = {
+            LONG: configs[LONG],
+            PLAIN: configs[PLAIN],
+            f"recovered, {length} tokens": configs[chosen],
+        }
+        rows = tabulate(self.judging, shown, indices_of(split, "test", first), LONG)
+        result = {
+            "length": length,
+            "chosen": chosen,
+            "baseline": LONG,
+            "test": [row.to_json() for row in rows],
+            "held_out": split.note,
+            "documents": names_of(split),
+        }
+        return configs[chosen].tiers[-1], result
