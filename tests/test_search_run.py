@@ -1,0 +1,396 @@
+"""Whole searches on toys: what is chosen, held out, logged, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tiny_models import SENTENCES, add_bpe_tokenizer, edit_json, make_model
+
+from longrope_export.cli import main
+from longrope_export.config import FactorTier, SwitchPolicy
+from longrope_export.errors import ConfigError, LongRopeError, OutputError
+from longrope_export.factor_files import read_factors
+from longrope_export.ladder import make_config
+from longrope_export.models.model import load_model
+from longrope_export.search.algorithms import Algorithm
+from longrope_export.search.evaluator import Budget, Difference
+from longrope_export.search.evolution import EvolutionSettings
+from longrope_export.search.jobs import Document, Workers
+from longrope_export.search.options import SearchOptions
+from longrope_export.search.practical import PracticalSettings
+from longrope_export.search.recovery import RecoveryRun
+from longrope_export.search.run import SearchRun
+from longrope_export.search.run_base import Run, Texts
+from longrope_export.search.scorer import Scorer
+from longrope_export.search.workers import LocalWorkers
+
+WINDOW, TARGET = 64, 256
+SMALL = EvolutionSettings(
+    population=8, mutations=3, crossovers=3, iterations=3, parents=4, documents=2
+)
+PRACTICAL = PracticalSettings(family_evaluations=10, gradient_steps=4, litter=3, patience=2)
+OPTIONS = SearchOptions(TARGET, evolution=SMALL, documents=(2, 2, 2), needle_keys=0)
+BY_ALGORITHM = {
+    "longrope": OPTIONS,
+    "longrope2": replace(OPTIONS, algorithm=Algorithm.LONGROPE2),
+    "practical": replace(
+        OPTIONS, algorithm=Algorithm.PRACTICAL, attention="search", practical=PRACTICAL
+    ),
+    "ladder": replace(OPTIONS, ladder="64,128,256", practical=PRACTICAL),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("search") / "model"
+    return make_model(path, dtype="float32", max_position_embeddings=WINDOW)
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    rng = np.random.default_rng(3)
+    works = [(f"work {k}", rng.integers(3, 300, 600).tolist()) for k in range(6)]
+    return Texts(works, lambda text: [3 + ord(c) % 200 for c in text[::6]])
+
+
+def start(
+    folder: Path,
+    texts: Texts,
+    options: SearchOptions,
+    run: Path,
+    kind: type[Run] = SearchRun,
+    **given: Any,
+) -> Run:
+    def workers(documents: Sequence[Document]) -> Workers:
+        return LocalWorkers(lambda: Scorer(folder, documents, WINDOW))
+
+    return kind(load_model(folder), texts, options, run, workers, **given)
+
+
+@pytest.mark.parametrize("name", BY_ALGORITHM)
+def test_a_search_writes_factors_that_everything_reads(
+    folder: Path, texts: Texts, tmp_path: Path, name: str
+) -> None:
+    run = start(folder, texts, BY_ALGORITHM[name], tmp_path / "run")
+    outcome = run.execute()
+    run.close()
+    config = read_factors(tmp_path / "run" / "factors.json", load_model(folder))
+    assert config == outcome.config
+    assert config.max_position_embeddings == TARGET
+    assert config.tiers[0].max_length == WINDOW
+    assert config.tiers[0].is_plain
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    rows = {row["name"]: row for row in result["test"]}
+    assert {"yarn", "result"} <= set(rows)
+    assert result["baseline"] in rows
+    chosen = next(row for row in result["validation"] if row["name"] == result["chosen"])
+    # nothing that was looked at on the validation documents is better than what was chosen
+    assert chosen["loss"] == min(row["loss"] for row in result["validation"])
+    names = [set(result["documents"][part]) for part in ("search", "validation", "test")]
+    assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
+    assert config.provenance["search"]["chosen"] == result["chosen"]
+    losses = {rule["switch"]: sum(rule["losses"]) for rule in result["rules"]}
+    assert set(losses) == {"causal", "sequence"}
+
+
+@pytest.mark.parametrize("name", BY_ALGORITHM)
+def test_a_run_that_was_cut_anywhere_ends_as_an_unbroken_one(
+    folder: Path, texts: Texts, tmp_path: Path, name: str
+) -> None:
+    options = replace(BY_ALGORITHM[name], budget=Budget(tokens=40 * TARGET))
+    place = tmp_path / "run"
+    run = start(folder, texts, options, place)
+    whole = run.execute()
+    run.close()
+    log = (place / "log.jsonl").read_bytes()
+    for share in (0.0, 0.3, 0.7, 0.95):  # most of them cut a line in two
+        (place / "log.jsonl").write_bytes(log[: int(share * len(log))])
+        (place / "factors.json").unlink()
+        run = start(folder, texts, options, place, resume=True)
+        again = run.execute()
+        run.close()
+        assert again.config.tiers == whole.config.tiers
+        assert again.config.switch == whole.config.switch
+        assert again.result["test"] == whole.result["test"]
+        assert again.result["spent"]["tokens"] == whole.result["spent"]["tokens"]
+
+
+def test_the_same_seed_gives_the_same_factors(folder: Path, texts: Texts, tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        run = start(folder, texts, OPTIONS, tmp_path / name)
+        found.append(run.execute().config.tiers)
+        run.close()
+    assert found[0] == found[1]
+
+
+def test_a_budget_ends_the_search_and_not_the_report(
+    folder: Path, texts: Texts, tmp_path: Path
+) -> None:
+    options = replace(BY_ALGORITHM["practical"], budget=Budget(tokens=12 * TARGET))
+    run = start(folder, texts, options, tmp_path / "run")
+    result = run.execute().result
+    run.close()
+    # one batch may go over: all seeds on both documents at most
+    assert 12 * TARGET <= result["spent"]["tokens"] <= 26 * TARGET
+    assert result["test"]
+
+
+def test_a_rule_that_is_given_is_written_and_not_measured(
+    folder: Path, texts: Texts, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, switch=SwitchPolicy.SEQUENCE)
+    run = start(folder, texts, options, tmp_path / "run")
+    outcome = run.execute()
+    run.close()
+    assert outcome.config.switch is SwitchPolicy.SEQUENCE
+    assert outcome.result["rules"] == []
+
+
+def test_a_warm_start_is_one_of_the_seeds(folder: Path, texts: Texts, tmp_path: Path) -> None:
+    warm = make_config(load_model(folder), "longrope2", 512)
+    run = start(folder, texts, replace(OPTIONS, warm_start=warm), tmp_path / "run")
+    seeds = run.execute().result["seeds"]
+    run.close()
+    assert set(seeds) == {"warm start", "pi", "ntk", "yarn"}
+
+
+def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", dtype="float32", max_position_embeddings=WINDOW)
+    long = make_config(load_model(folder), "yarn", TARGET, switch=SwitchPolicy.SEQUENCE)
+    tier = long.tiers[0]
+    edit_json(
+        folder / "config.json",
+        max_position_embeddings=TARGET,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": list(tier.rescale_factors),
+            "long_factor": list(tier.rescale_factors),
+            "attention_factor": tier.attention_factor,
+            "original_max_position_embeddings": WINDOW,
+        },
+    )
+    options = replace(OPTIONS, recover=(32, 64))
+    run = start(folder, texts, options, tmp_path / "run", RecoveryRun)
+    outcome = run.execute()
+    run.close()
+    assert [t.max_length for t in outcome.config.tiers] == [32, 64, TARGET]
+    assert outcome.config.tiers[-1].rescale_factors == pytest.approx(tier.rescale_factors)
+    for recovered, result in zip(outcome.config.tiers, outcome.result["recovered"], strict=False):
+        assert (
+            np.asarray(recovered.rescale_factors) <= np.asarray(tier.rescale_factors) + 1e-6
+        ).all()
+        assert {"long factors", "plain RoPE"} <= {row["name"] for row in result["test"]}
+    with pytest.raises(ConfigError, match="expected --target-length 256"):
+        start(folder, texts, replace(options, target_length=512), tmp_path / "b", RecoveryRun)
+
+
+# -- refusals
+
+
+def test_another_model_other_texts_or_options_on_resume_are_refused(
+    texts: Texts, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", dtype="float32", max_position_embeddings=WINDOW)
+    place = tmp_path / "run"
+    start(folder, texts, OPTIONS, place).close()
+    with pytest.raises(OutputError, match="holds a search already: --resume"):
+        start(folder, texts, OPTIONS, place)
+    with pytest.raises(ConfigError, match="begun with options"):
+        start(folder, texts, replace(OPTIONS, seed=1, documents=(2, 2, 2)), place, resume=True)
+    works = [(name, [*ids[1:], 5]) for name, ids in texts.works]
+    with pytest.raises(ConfigError, match="begun with documents_sha256"):
+        start(folder, replace(texts, works=works), OPTIONS, place, resume=True)
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # one bit of one weight; size and settings stay
+    weights.write_bytes(data)
+    with pytest.raises(ConfigError, match="begun with model_sha256"):
+        start(folder, texts, OPTIONS, place, resume=True)
+
+
+def test_nothing_to_resume_and_foreign_folders_are_refused(
+    folder: Path, texts: Texts, tmp_path: Path
+) -> None:
+    with pytest.raises(OutputError, match="no run to resume"):
+        start(folder, texts, OPTIONS, tmp_path / "none", resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(OutputError, match="is not empty"):
+        start(folder, texts, OPTIONS, tmp_path / "mine")
+
+
+def test_a_damaged_log_is_refused(folder: Path, texts: Texts, tmp_path: Path) -> None:
+    start(folder, texts, OPTIONS, tmp_path / "run").close()
+    (tmp_path / "run" / "log.jsonl").write_text('{"key": "a"}\n{"key": "b"}\n')
+    with pytest.raises(ConfigError, match=r"log\.jsonl, byte 0: not a line of a search log"):
+        start(folder, texts, OPTIONS, tmp_path / "run", resume=True)
+
+
+def test_a_full_disk_loses_nothing(folder: Path, texts: Texts, small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    place = small_disk / "run"
+    run = start(folder, texts, OPTIONS, place)
+    ballast.write_bytes(b"x" * (1 << 20 if False else 1000))
+    with ballast.open("ab") as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            os.write(file.fileno(), b"x" * 4096)
+    with pytest.raises(OutputError, match=r"go on with --resume|cannot write"):
+        run.execute()
+    run.workers.close()
+    ballast.unlink()
+    again = start(folder, texts, OPTIONS, place, resume=True)
+    assert again.execute().result["test"]
+    again.close()
+
+
+def test_targets_that_are_no_extension_and_short_texts_are_refused(
+    folder: Path, texts: Texts, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="the model's own window is 64 already"):
+        start(folder, texts, replace(OPTIONS, target_length=64), tmp_path / "a")
+    with pytest.raises(ConfigError, match="longest of 6 works has 600 tokens"):
+        start(folder, texts, replace(OPTIONS, target_length=1024), tmp_path / "b")
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_options_that_would_be_ignored_are_refused() -> None:
+    warm = replace(
+        make_space_config(), tiers=(FactorTier(TARGET, (1.0,) * 8),), max_position_embeddings=TARGET
+    )
+    with pytest.raises(ConfigError, match="warm start"):
+        replace(OPTIONS, algorithm=Algorithm.LONGROPE2, warm_start=warm)
+    with pytest.raises(ConfigError, match="at least one"):
+        replace(OPTIONS, documents=(1, 0, 1))
+    with pytest.raises(LongRopeError, match="--attention-factor 'much'"):
+        replace(OPTIONS, attention="much")
+
+
+def make_space_config():  # type: ignore[no-untyped-def]
+    from longrope_export.config import LongRopeConfig
+
+    return LongRopeConfig(10000.0, 16, WINDOW, WINDOW, (FactorTier(WINDOW, (1.0,) * 8),))
+
+
+def test_paired_differences_have_the_standard_error_of_their_mean() -> None:
+    first, second = np.asarray([1.0, 2.0, 4.0]), np.asarray([1.5, 2.7, 4.3])
+    difference = Difference.of(first, second)
+    assert difference.mean == pytest.approx(-0.5)
+    assert difference.error == pytest.approx(0.2 / np.sqrt(3))
+    assert difference.errors == pytest.approx(-0.5 / (0.2 / np.sqrt(3)))
+    assert Difference.of(first[:1], second[:1]).error == np.inf
+
+
+# -- the command
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "model"
+    make_model(path, dtype="float32", max_position_embeddings=WINDOW)
+    add_bpe_tokenizer(path)
+    books = path.parent / "books"
+    books.mkdir()
+    for number in range(4):
+        (books / f"{number}.txt").write_text(" ".join(SENTENCES[number:] * 30))
+    return path
+
+
+def arguments(model: Path, run: Path, *more: str) -> list[str]:
+    given = ["search", str(model), "--target-length", "128", "--text", str(model.parent / "books")]
+    given += ["-o", str(run), "--population", "4", "--iterations", "2", "--documents", "2,1,1"]
+    return [*given, "--needle-keys", "0", *more]
+
+
+def test_the_command_searches_plots_and_prints_json(with_tokenizer: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path / "run", "--json"))
+    assert result.exit_code == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["test"][-1]["name"] == "result"
+    for name in ("factors.json", "result.json", "convergence.png", "factors.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 100
+    assert "nats against" in result.stderr
+    assert "longrope-export gguf" in result.stderr
+
+
+def test_the_command_killed_at_any_moment_resumes_to_the_same_result(
+    with_tokenizer: Path, tmp_path: Path
+) -> None:
+    whole = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path / "whole"))
+    assert whole.exit_code == 0, whole.stderr
+    command = [
+        sys.executable,
+        "-m",
+        "longrope_export",
+        *arguments(with_tokenizer, tmp_path / "cut"),
+    ]
+    log = tmp_path / "cut" / "log.jsonl"
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if process.stderr:
+        process.stderr.close()
+    assert not (tmp_path / "cut" / "factors.json").exists()
+    resumed = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path / "cut", "--resume"))
+    assert resumed.exit_code == 0, resumed.stderr
+    first, second = (read_factors(tmp_path / n / "factors.json", None) for n in ("whole", "cut"))
+    assert first.tiers == second.tiers
+    assert first.switch == second.switch
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--target-length", "64"], "own window is 64 already"),
+        (["--target-length", "1000000"], "a window needs"),
+        (["--documents", "2"], "expected 3 numbers"),
+        (["--documents", "a,b,c"], "expected whole numbers"),
+        (["--recover", "32"], "expected --target-length 64"),
+        (["--resume"], "no run to resume"),
+        (["--ladder", "64,96"], "expected the target 128"),
+        (["--against", "yarn,none"], "method 'none' is not known"),
+        (["--dtype", "float16", "--text", "none.txt"], "no such file"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    with_tokenizer: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path / "run", *more))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "run" / "factors.json").exists()
+
+
+def test_a_model_without_rope_is_refused(tmp_path: Path, with_tokenizer: Path) -> None:
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    edit_json(
+        folder / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"], n_embd=8
+    )
+    result = CliRunner().invoke(
+        main,
+        ["search", str(folder), "--target-length", "128", "--text", str(with_tokenizer.parent / "books"),
+         "-o", str(tmp_path / "run")],
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "Error:" in result.stderr
+    assert not (tmp_path / "run").exists()
