@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -266,6 +267,15 @@ def test_ray_refuses_more_workers_than_it_can_place(tmp_path: Path) -> None:
     setup, resources = toy(tmp_path, ""), {"CPU": 1.0}
     with pytest.raises(ToolError, match=r"room for \d+ workers .*expected 9999"):
         make_workers(setup, ray_address="auto", num_workers=9999, resources=resources)
+
+
+def test_a_ray_cluster_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install 'longrope-export[ray]'")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ToolError, match=f"cannot reach a Ray cluster at {address}"):
+            make_workers(toy(tmp_path), ray_address=address)
 
 
 # -- who gets which job

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from longrope_export.errors import LongRopeError, ModelError, ToolError, Unsuppo
 from longrope_export.search.jobs import Job
 from longrope_export.search.pool import Host, Outcome, Pool, Setup
 
-PATIENCE_SECONDS = 20  # between looks at whether the cluster can still place a worker
+LOOK_SECONDS = 20  # between looks at whether the cluster could place a worker
+ABSENCE_SECONDS = 300  # without room for any: a lost node may come back
+CONNECT_SECONDS = 10
 OPTIONS = {
     "CPU": "num_cpus",
     "GPU": "num_gpus",
@@ -26,7 +30,8 @@ class RayWorkers(Pool):
     The model is not sent: its path must lead to the same files on every node (a shared file
     system, or a copy in the same place), and longrope-export with its transformers extra must be
     installed on every node in the same version. Documents are put into the object store once.
-    An actor that is lost with its process or its node is replaced wherever there is room.
+    An actor that is lost with its process or its node is replaced wherever there is room; a
+    cluster that has none for five minutes ends the run with a ToolError.
 
     Args:
         setup: what each actor loads.
@@ -114,14 +119,17 @@ class RayWorkers(Pool):
 
     def _wait(self) -> list[tuple[int, Outcome]]:
         references = list(self._answers)
+        last_room = time.monotonic()
         while True:
-            ready, _ = self._ray.wait(references, timeout=PATIENCE_SECONDS)
+            ready, _ = self._ray.wait(references, timeout=LOOK_SECONDS)
             if ready:
                 return [(self._answers.pop(one), self._answer(one)) for one in ready]
-            if not _room(self._ray, self._resources):
+            if _room(self._ray, self._resources):
+                last_room = time.monotonic()
+            elif time.monotonic() - last_room > ABSENCE_SECONDS:
                 raise ToolError(
-                    f"no node of the Ray cluster is left that has {self._resources}; "
-                    f"resume the run when it is back"
+                    f"for {ABSENCE_SECONDS} s no node of the Ray cluster has had "
+                    f"{self._resources}; resume the run when one is back"
                 )
 
     def _answer(self, reference: Any) -> Outcome:
@@ -164,6 +172,7 @@ def _connect(ray: Any, address: str) -> bool:
     """
     if address == "auto" and ray.is_initialized():
         return False
+    _check_listens(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to Ray's makers
     settings: dict[str, Any] = {"address": address, "log_to_driver": False}
     if address == "local":
@@ -176,6 +185,17 @@ def _connect(ray: Any, address: str) -> bool:
     except Exception as error:  # ConnectionError, RuntimeError, ValueError: by the kind of address
         raise ToolError(f"cannot reach a Ray cluster at {address}: {error}") from error
     return True
+
+
+def _check_listens(address: str) -> None:
+    """Refuse a dead host:port at once; ray.init tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return  # ray.init knows what it is, or says what is wrong
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ToolError(f"cannot reach a Ray cluster at {address}: {error}") from error
 
 
 def _nodes(ray: Any) -> list[dict[str, float]]:
