@@ -108,7 +108,7 @@ def test_a_dataset_in_a_local_folder_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_keys", [1, 5])
 def test_needles_are_asked_for_at_the_end_and_keep_the_length(num_keys: int) -> None:
-    haystack = Document(tuple([9, *range(1000, 4000)]), name="text")
+    haystack = Document((9, *range(1000, 4000)), name="text")
     encode = lambda text: list(text.encode())  # noqa: E731
     document = make_needles(haystack, encode, num_keys, np.random.default_rng(0), start=(9,))
     assert len(document.ids) == len(haystack.ids)

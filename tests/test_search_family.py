@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -28,7 +30,7 @@ def test_its_centre_is_yarn_with_an_unrounded_ramp(length: int) -> None:
 def test_a_member_fits_every_length_and_grows_with_it() -> None:
     family = from_coordinates(np.asarray([-1.0, -1.0, 0.5, 1.0, -0.5]))
     tiers = [family.tier(n, SPEEDS, FactorTier(8192, (1.0,) * 32)) for n in (8193, 9000, 12000)]
-    for before, after in zip(tiers, tiers[1:], strict=False):
+    for before, after in itertools.pairwise(tiers):
         assert (np.asarray(before.rescale_factors) <= np.asarray(after.rescale_factors)).all()
         assert before.attention_factor < after.attention_factor
     assert max(tiers[0].rescale_factors) == pytest.approx(1.0, abs=1e-3)  # no step at the window
