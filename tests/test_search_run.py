@@ -209,8 +209,8 @@ def test_another_model_other_texts_or_options_on_resume_are_refused(
     start(folder, texts, OPTIONS, place).close()
     with pytest.raises(OutputError, match="holds a search already: --resume"):
         start(folder, texts, OPTIONS, place)
-    with pytest.raises(ConfigError, match="begun with options"):
-        start(folder, texts, replace(OPTIONS, seed=1, documents=(2, 2, 2)), place, resume=True)
+    with pytest.raises(ConfigError, match="begun with seed = 0, now it is 1"):
+        start(folder, texts, replace(OPTIONS, seed=1), place, resume=True)
     works = [(name, [*ids[1:], 5]) for name, ids in texts.works]
     with pytest.raises(ConfigError, match="begun with documents_sha256"):
         start(folder, replace(texts, works=works), OPTIONS, place, resume=True)
@@ -249,7 +249,7 @@ def test_a_full_disk_loses_nothing(folder: Path, texts: Texts, small_disk: Path)
             os.write(file.fileno(), b"x" * 4096)
     with pytest.raises(OutputError, match=r"go on with --resume|cannot write"):
         run.execute()
-    run.workers.close()
+    run.close()
     ballast.unlink()
     again = start(folder, texts, OPTIONS, place, resume=True)
     assert again.execute().result["test"]

@@ -7,6 +7,7 @@ before: it takes the same decisions, the budget included, and reaches the same r
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -56,8 +57,9 @@ class RunFolder:
         """
         line = json.dumps({"key": key, **score.to_json()}) + "\n"
         try:
-            self._file.write(line.encode())
-            self._file.flush()
+            written = self._file.write(line.encode())
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(
@@ -85,33 +87,39 @@ class RunFolder:
             raise OutputError(f"{self.folder} is not empty: choose a new folder with -o")
         else:
             write_text(settings, json.dumps(self._settings, indent=2) + "\n")
-        self._file = (self.folder / LOG).open("a+b")
-        self._read_log()
+        good = self._read_log()
+        self._file = (self.folder / LOG).open("ab", buffering=0)
+        self._file.truncate(good)
 
     def _check_settings(self, there: dict[str, Any]) -> None:
-        for name in sorted(there.keys() | self._settings.keys()):
-            before, now = there.get(name), self._settings.get(name)
-            if before != now:
+        before, now = _flat(there), _flat(self._settings)
+        for name in now | before:
+            old, new = before.get(name), now.get(name)
+            if old != new:
                 raise ConfigError(
-                    f"{self.folder}: the run was begun with {name} = {json.dumps(before):.100}, "
-                    f"now it is {json.dumps(now):.100}: give what it was, or start a new run"
+                    f"{self.folder}: the run was begun with {name} = {json.dumps(old):.100}, "
+                    f"now it is {json.dumps(new):.100}: give what it was, or start a new run"
                 )
 
-    def _read_log(self) -> None:
-        """Take over every whole line; a last one that a kill has torn is cut off."""
-        self._file.seek(0)
-        good = 0
-        for line in self._file:
+    def _read_log(self) -> int:
+        """Take over every whole line; returns their bytes, behind which a kill has torn one."""
+        log, good = self.folder / LOG, 0
+        lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
+        for line in lines:
             try:
                 values = json.loads(line)
-                key = values["key"]
-                self.scores[key] = Score.from_json(values)
-            except (ValueError, KeyError, TypeError) as error:
+                self.scores[values.pop("key")] = Score.from_json(values)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if not line.endswith(b"\n"):
                     break
                 raise ConfigError(
-                    f"{self.folder / LOG}, byte {good}: not a line of a search log: {error}"
+                    f"{log}, byte {good}: not a line of a search log: {error!r}"
                 ) from error
             good += len(line)
-        self._file.truncate(good)
-        self._file.seek(0, os.SEEK_END)
+        return good
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Options beside the other settings, so that an error can name one of them."""
+    options = settings.get("options", {})
+    return {**options, **{name: value for name, value in settings.items() if name != "options"}}
