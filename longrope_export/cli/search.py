@@ -65,8 +65,11 @@ ALGORITHMS = ("longrope", "longrope2", "practical")
     help="longrope, yarn, none, a number, or search [longrope; practical: search].",
 )  # fmt: skip
 @click.option("--no-start-tokens", is_flag=True, help="Leave the start-token window alone.")
-@click.option("--against", default="pi,ntk,dynamic-ntk,yarn", show_default=True,
-              help="Closed forms that the result is compared with.")  # fmt: skip
+@click.option(
+    "--against",
+    help="Closed forms to compare with [pi,ntk,dynamic-ntk,yarn; "
+    "for a ladder yarn,yarn-ladder,yarn-ladder:0.6].",
+)
 @click.option("--warm-start", type=click.Path(path_type=Path), help="Factors to begin with.")
 @click.option("--budget-tokens", type=float, help="Stop searching after so many forward tokens.")
 @click.option("--budget-minutes", type=float, help="Or after so many minutes of evaluations.")
@@ -174,7 +177,7 @@ def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
         target_length=target,
         algorithm=algorithm,
         ladder=given["ladder"],
-        closed_forms=tuple(given["against"].split(",")),
+        closed_forms=tuple(given["against"].split(",")) if given["against"] else (),
         warm_start=warm,
         recover=numbers("recover", given["recover"]) if given["recover"] else (),
         recover_cap=given["recover_cap"],
@@ -267,8 +270,8 @@ def write_plots(source: Model, options: SearchOptions, outcome: Outcome, folder:
 
     forms = {
         name: make_config(source, name, options.target_length).tiers[-1]
-        for name in options.closed_forms
-        if not options.recover
+        for name in options.compared
+        if not options.recover and "-ladder" not in name
     }
     try:
         write_search_plots(outcome.result, outcome.config, forms, folder)

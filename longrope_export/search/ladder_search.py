@@ -38,7 +38,7 @@ class LadderSettings:
 
     lengths: tuple[int, ...]
     family_evaluations: int = 30
-    block_tokens: int = 256
+    block_tokens: int = 128
     num_blocks: int = 6
     tier_tokens: int | None = None
     refine: bool = True

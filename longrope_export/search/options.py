@@ -16,6 +16,7 @@ from longrope_export.search.evolution import EvolutionSettings
 from longrope_export.search.practical import PracticalSettings
 
 CLOSED_FORMS = ("pi", "ntk", "dynamic-ntk", "yarn")
+CLOSED_LADDERS = ("yarn", "yarn-ladder", "yarn-ladder:0.6")
 SEARCHED_ATTENTION = "search"
 
 
@@ -27,7 +28,8 @@ class SearchOptions:
         target_length: tokens.
         algorithm: whose search; a ladder and a recovery have their own.
         ladder: tier lengths as parse_ladder reads them; None searches for one tier.
-        closed_forms: methods that the result is compared with, on validation and test documents.
+        closed_forms: what the result is compared with, on validation and test documents: methods,
+            and for a ladder METHOD-ladder or METHOD-ladder:STRENGTH; empty takes the usual ones.
         warm_start: a config whose last tier is one more individual to begin with.
         recover: lengths of short tiers of an extended model; nothing else is then searched.
         recover_cap: their largest lambda, as a multiple of the model's own factors.
@@ -46,7 +48,7 @@ class SearchOptions:
     target_length: int
     algorithm: Algorithm = Algorithm.LONGROPE
     ladder: str | None = None
-    closed_forms: tuple[str, ...] = CLOSED_FORMS
+    closed_forms: tuple[str, ...] = ()
     warm_start: LongRopeConfig | None = None
     recover: tuple[int, ...] = ()
     recover_cap: float = 1.0
@@ -68,8 +70,8 @@ class SearchOptions:
             raise ConfigError(
                 f"--documents: expected at least one for validation and test, got {self.documents}"
             )
-        if not self.closed_forms:
-            raise ConfigError("a search needs at least one closed form to compare with")
+        if not self.ladder and any("-ladder" in name for name in self.compared):
+            raise ConfigError(f"--against {','.join(self.compared)}: ladders belong to --ladder")
         if self.warm_start is not None and (self.ladder or self.algorithm is Algorithm.LONGROPE2):
             raise ConfigError(
                 "a warm start belongs to the algorithms longrope and practical without a ladder; "
@@ -77,6 +79,11 @@ class SearchOptions:
             )
         if self.attention != SEARCHED_ATTENTION:
             attention_factor(self.attention, 2.0, 8192, 1.0)
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The closed forms that were given, or the usual ones."""
+        return self.closed_forms or (CLOSED_LADDERS if self.ladder else CLOSED_FORMS)
 
     @property
     def sizes(self) -> EvolutionSettings:

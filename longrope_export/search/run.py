@@ -22,7 +22,7 @@ from longrope_export.search.options import SEARCHED_ATTENTION, Outcome
 from longrope_export.search.run_base import Run, Texts, indices_of, names_of
 from longrope_export.search.space import START_TOKENS, SearchSpace, make_space, with_start
 
-STRENGTHS = (0.6, 0.3)  # of YaRN's attention factor, as further seeds
+STRENGTHS = (0.6, 0.3)  # of YaRN's attention factor, as further seeds of one tier
 CHEAP_BLOCKS = 4
 HELD_OUT = "search, validation and test come from different works"
 
@@ -120,17 +120,20 @@ class SearchRun(Run):
     # -- what they need
 
     def _closed_forms(self) -> dict[str, LongRopeConfig]:
+        """What the result is compared with, by the names of --against."""
         target, ladder = self.options.target_length, self.options.ladder
-        if ladder is None:
-            forms = {n: make_config(self.model, n, target) for n in self.options.closed_forms}
-            return {n: single_tier(c)(c.tiers[-1]) for n, c in forms.items()}
-        yarn = make_config(self.model, "yarn", target)
-        named = {"yarn": single_tier(yarn)(yarn.tiers[-1])}
-        for strength in (1.0, *STRENGTHS[:1]):
-            name = f"yarn ladder, strength {strength:g}"
-            options = MethodOptions(attention_strength=strength)
-            named[name] = make_config(self.model, "yarn", target, ladder=ladder, options=options)
-        return named
+        forms = {}
+        for name in self.options.compared:
+            method, _, strength = name.partition("-ladder")
+            if method == name:
+                config = make_config(self.model, name, target)
+                forms[name] = single_tier(config)(config.tiers[-1])
+            else:
+                options = MethodOptions(attention_strength=float(strength.lstrip(":") or 1))
+                forms[name] = make_config(
+                    self.model, method, target, ladder=ladder, options=options
+                )
+        return forms
 
     def _space(self) -> SearchSpace:
         options, native = self.options, self.model.native

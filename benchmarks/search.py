@@ -1,0 +1,169 @@
+"""The search: quality against forward tokens, and what one evaluation costs.
+
+    python benchmarks/search.py quality [--length 1024] [--workdir DIR]
+    python benchmarks/search.py evaluation [--lengths 4096,8192,16384,32768] [--repeats 3]
+
+`quality` runs the paper's evolution and, with a fifth and a twentieth of its forward tokens, the practical
+search, on the small trained model (window 256), on the same documents, and compares what they found
+on test documents. It can be killed and started again. `evaluation` runs one pass of the scorer and one plain
+forward of transformers with all its logits, in processes that take turns, on SmolLM2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from small_model import HELD_OUT_TEXTS, WINDOW, trained_model
+
+from longrope_export.demo.material import fetch_smollm2
+from longrope_export.demo.texts import fetch_texts
+from longrope_export.models.model import load_model
+from longrope_export.search.algorithms import Algorithm
+from longrope_export.search.evaluator import Budget
+from longrope_export.search.jobs import Document, Workers
+from longrope_export.search.options import SearchOptions
+from longrope_export.search.pool import Setup
+from longrope_export.search.run import SearchRun
+from longrope_export.search.run_base import Texts
+from longrope_export.search.workers import LocalWorkers
+
+SHARES = (20, 5)  # the practical search gets one twentieth and one fifth of the paper's tokens
+
+
+def small_run(options: SearchOptions, folder: Path) -> dict[str, Any]:
+    """One search on the small model; result.json as it is, if it is there already."""
+    if (folder / "result.json").is_file():
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return result
+    model, files = trained_model(print), fetch_texts(print)
+    texts = Texts(
+        [(name, list(files[name].read_bytes())) for name in HELD_OUT_TEXTS],
+        lambda text: list(text.encode()),
+    )
+
+    def workers(documents: Sequence[Document]) -> Workers:
+        setup = Setup(model, tuple(documents), WINDOW)
+        return LocalWorkers(partial(setup.load, "cpu"))
+
+    resume = (folder / "settings.json").is_file()
+    run = SearchRun(load_model(model), texts, options, folder, workers, resume=resume)
+    try:
+        return run.execute().result
+    finally:
+        run.close()
+
+
+def quality(length: int, workdir: Path) -> None:
+    paper = SearchOptions(length, documents=(0, 6, 10), needle_keys=0)
+    results = {"the paper's evolution": small_run(paper, workdir / f"paper-{length}")}
+    tokens = results["the paper's evolution"]["spent"]["tokens"]
+    for share in SHARES:
+        options = replace(
+            paper,
+            algorithm=Algorithm.PRACTICAL,
+            attention="search",
+            budget=Budget(tokens=tokens // share),
+        )
+        name = f"practical, 1/{share} of the tokens"
+        results[name] = small_run(options, workdir / f"practical-{length}-{share}")
+    table = Table(
+        "search", "forward tokens", "ratio", "perplexity, test", "against best closed form"
+    )
+    for name, result in results.items():
+        # one tier for the whole text, so that the rule at a border plays no part
+        row = next((r for r in result["test"] if r["name"] == result["chosen"]), None)
+        row = row or next(r for r in result["test"] if r["name"] == result["baseline"])
+        against = row["against_baseline"]
+        shown = "" if against is None else f"{against['mean']:+.4f} ({against['error']:.4f})"
+        spent = result["spent"]["tokens"]
+        table.add_row(
+            name, f"{spent:,}", f"{spent / tokens:.3f}", f"{row['perplexity']:.4f}", shown
+        )
+    Console(width=110).print(table)
+
+
+ONE_PASS = """
+import json, resource, sys, time
+import torch
+from longrope_export.ladder import make_config
+from longrope_export.models.model import load_model
+from longrope_export.models.torch_model import load_torch_model
+from longrope_export.search.jobs import Document, Job
+from longrope_export.search.scorer import Scorer
+from longrope_export.hf_runtime import apply_longrope
+from pathlib import Path
+who, path, length = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+model, _ = load_torch_model(path)
+config = make_config(load_model(path), "yarn", max(length, 16384))
+ids = torch.randint(3, 40000, (length,), generator=torch.Generator().manual_seed(0))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if who == "ours":
+    scorer = Scorer.of_model(model, [Document(tuple(ids.tolist()))], 8192)
+    begin = time.process_time()
+    loss = scorer.score(Job(config, 0)).mean
+else:
+    apply_longrope(model, config)
+    begin = time.process_time()
+    with torch.inference_mode():
+        loss = float(model(ids[None], labels=ids[None], use_cache=False).loss)
+seconds = time.process_time() - begin
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"seconds": seconds, "loss": loss, "peak": after * 1024, "loaded": before * 1024}))
+"""
+
+
+def evaluation(lengths: Sequence[int], repeats: int) -> None:
+    table = Table(
+        "tokens", "processor time, ours / plain", "peak memory, ours", "plain", "beside the model"
+    )
+    model = fetch_smollm2()
+    for length in lengths:
+        runs: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
+        for _ in range(repeats):
+            for who in runs:
+                command = [sys.executable, "-c", ONE_PASS, who, model, str(length)]
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                runs[who].append(json.loads(output.splitlines()[-1]))
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(*runs.values(), strict=True)]
+        losses = {round(run["loss"], 4) for both in runs.values() for run in both}
+        assert len(losses) == 1, f"they do not compute the same: {losses}"
+        peak = {who: max(run["peak"] for run in both) / 2**20 for who, both in runs.items()}
+        loaded = runs["ours"][0]["loaded"] / 2**20
+        table.add_row(
+            f"{length:,}",
+            f"{statistics.median(ratios):.2f}",
+            f"{peak['ours']:,.0f} MiB",
+            f"{peak['plain']:,.0f} MiB",
+            f"{peak['ours'] - loaded:,.0f} / {peak['plain'] - loaded:,.0f} MiB",
+        )
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["quality", "evaluation"])
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--workdir", type=Path, default=Path("bench/search"))
+    parser.add_argument("--lengths", default="4096,8192,16384,32768")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.what == "quality":
+        arguments.workdir.mkdir(parents=True, exist_ok=True)
+        quality(arguments.length, arguments.workdir)
+    else:
+        evaluation([int(n) for n in arguments.lengths.split(",")], arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
