@@ -1,22 +1,26 @@
 """The search: quality against forward tokens, and what one evaluation costs.
 
     python benchmarks/search.py quality [--length 1024] [--workdir DIR]
+    python benchmarks/search.py tables [--length 2048] [--workdir DIR]
     python benchmarks/search.py evaluation [--lengths 4096,8192,16384,32768] [--repeats 3]
 
 `quality` runs the paper's evolution and, with a fifth and a twentieth of its forward tokens, the practical
 search, on the small trained model (window 256), on the same documents, and compares what they found
-on test documents. It can be killed and started again. `evaluation` runs one pass of the scorer and one plain
+on test documents. `tables` is LongRoPE's tables 1, 2 and 11 in small: closed forms and practically searched
+factors, with every start-token window. Both can be killed and started again. `evaluation` runs one pass of the scorer and one plain
 forward of transformers with all its logits, in processes that take turns, on SmolLM2.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,26 +30,30 @@ from rich.console import Console
 from rich.table import Table
 from small_model import HELD_OUT_TEXTS, WINDOW, trained_model
 
+from longrope_export.config import SwitchPolicy
 from longrope_export.demo.material import fetch_smollm2
 from longrope_export.demo.texts import fetch_texts
+from longrope_export.factor_files import read_factors
+from longrope_export.ladder import make_config
 from longrope_export.models.model import load_model
 from longrope_export.search.algorithms import Algorithm
-from longrope_export.search.evaluator import Budget
+from longrope_export.search.evaluator import Budget, Difference, single_tier
 from longrope_export.search.jobs import Document, Workers
+from longrope_export.search.judge import losses_of
 from longrope_export.search.options import SearchOptions
 from longrope_export.search.pool import Setup
 from longrope_export.search.run import SearchRun
 from longrope_export.search.run_base import Texts
+from longrope_export.search.space import with_start
 from longrope_export.search.workers import LocalWorkers
 
+SHOWN_START_TOKENS = (0, 2, 4, 8, 16, 32, 64, 128, 256)  # LongRoPE, table 2
 SHARES = (20, 5)  # the practical search gets one twentieth and one fifth of the paper's tokens
 
 
-def small_run(options: SearchOptions, folder: Path) -> dict[str, Any]:
-    """One search on the small model; result.json as it is, if it is there already."""
-    if (folder / "result.json").is_file():
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-        return result
+@contextlib.contextmanager
+def opened(options: SearchOptions, folder: Path) -> Iterator[SearchRun]:
+    """A run on the small model, new or gone on with."""
     model, files = trained_model(print), fetch_texts(print)
     texts = Texts(
         [(name, list(files[name].read_bytes())) for name in HELD_OUT_TEXTS],
@@ -59,9 +67,18 @@ def small_run(options: SearchOptions, folder: Path) -> dict[str, Any]:
     resume = (folder / "settings.json").is_file()
     run = SearchRun(load_model(model), texts, options, folder, workers, resume=resume)
     try:
-        return run.execute().result
+        yield run
     finally:
         run.close()
+
+
+def small_run(options: SearchOptions, folder: Path) -> dict[str, Any]:
+    """One search on the small model; result.json as it is, if it is there already."""
+    if (folder / "result.json").is_file():
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return result
+    with opened(options, folder) as run:
+        return run.execute().result
 
 
 def quality(length: int, workdir: Path) -> None:
@@ -90,6 +107,36 @@ def quality(length: int, workdir: Path) -> None:
         table.add_row(
             name, f"{spent:,}", f"{spent / tokens:.3f}", f"{row['perplexity']:.4f}", shown
         )
+    Console(width=110).print(table)
+
+
+def tables(length: int, workdir: Path) -> None:
+    folder = workdir / f"practical-{length}"
+    options = SearchOptions(
+        length,
+        algorithm=Algorithm.PRACTICAL,
+        attention="search",
+        documents=(6, 6, 10),
+        switch=SwitchPolicy.SEQUENCE,
+    )
+    small_run(options, folder)
+    model = load_model(trained_model(print))
+    searched = read_factors(folder / "factors.json", model)
+    forms = {name: make_config(model, name, length) for name in ("pi", "dynamic-ntk", "yarn")}
+    configs = {**forms, "searched": searched}
+    with opened(options, folder) as run:
+        test = run.indices("test")
+        table = Table("perplexity, start tokens:", *map(str, SHOWN_START_TOKENS))
+        for name, config in configs.items():
+            tiers = [with_start(config.tiers[-1], n) for n in SHOWN_START_TOKENS]
+            losses = losses_of(run.judging, [single_tier(config)(t) for t in tiers], test)
+            table.add_row(name, *(f"{math.exp(row.mean()):.3f}" for row in losses))
+            best = int(losses.mean(axis=1).argmin())
+            worth = Difference.of(losses[best], losses[0])
+            print(
+                f"{name}: best with {SHOWN_START_TOKENS[best]} start tokens, "
+                f"{worth.mean:+.5f} nats against none (standard error {worth.error:.5f})"
+            )
     Console(width=110).print(table)
 
 
@@ -152,15 +199,17 @@ def evaluation(lengths: Sequence[int], repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["quality", "evaluation"])
-    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("what", choices=["quality", "tables", "evaluation"])
+    parser.add_argument("--length", type=int, help="quality: 1024, tables: 2048")
     parser.add_argument("--workdir", type=Path, default=Path("bench/search"))
     parser.add_argument("--lengths", default="4096,8192,16384,32768")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    arguments.workdir.mkdir(parents=True, exist_ok=True)
     if arguments.what == "quality":
-        arguments.workdir.mkdir(parents=True, exist_ok=True)
-        quality(arguments.length, arguments.workdir)
+        quality(arguments.length or 1024, arguments.workdir)
+    elif arguments.what == "tables":
+        tables(arguments.length or 2048, arguments.workdir)
     else:
         evaluation([int(n) for n in arguments.lengths.split(",")], arguments.repeats)
 

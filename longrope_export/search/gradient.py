@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from longrope_export.config import LongRopeConfig
@@ -47,21 +49,29 @@ def differentiate(
     logs = torch.tensor([*tier.rescale_factors, tier.attention_factor], dtype=torch.float64).log()
     logs.requires_grad_()
     speeds = torch.as_tensor(compute_inv_freq(config.rope_theta, config.rotary_dim))
-    original, before = decoder.rotary_emb, decoder.training
-    decoder.rotary_emb = _rotary(logs, speeds, tier.num_start_tokens)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with _replaced(decoder, _rotary(logs, speeds, tier.num_start_tokens)), torch.enable_grad():
+        hidden = decoder(ids[None], use_cache=False).last_hidden_state[0]
+        loss = losses(hidden[:-1], ids[1:]).mean()
+        (slopes,) = torch.autograd.grad(loss, logs)
+    return float(loss.detach()), tuple(slopes.tolist())
+
+
+@contextlib.contextmanager
+def _replaced(decoder: Any, rotary: Any) -> Iterator[None]:
+    """The decoder with another rotary embedding, and with layers that are computed again for the
+    backward pass instead of being kept."""
+    from torch.utils.checkpoint import checkpoint
+
+    original = decoder.rotary_emb
+    decoder.rotary_emb = rotary
     for layer in decoder.layers:
-        layer.training = True  # checkpoints; its parts stay in eval mode, without dropout
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
-        with torch.enable_grad():
-            hidden = decoder(ids[None], use_cache=False).last_hidden_state[0]
-            loss = losses(hidden[:-1], ids[1:]).mean()
-            (slopes,) = torch.autograd.grad(loss, logs)
+        yield
     finally:
         decoder.rotary_emb = original
-        model.gradient_checkpointing_disable()
-        decoder.train(before)
-    return float(loss.detach()), tuple(slopes.tolist())
+        for layer in decoder.layers:
+            del layer.forward
 
 
 def _rotary(logs: Tensor, speeds: Tensor, num_start_tokens: int) -> Any:

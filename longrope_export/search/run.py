@@ -49,14 +49,14 @@ class SearchRun(Run):
         candidates = self._search_ladder() if self.options.ladder else self._search_tier(closed)
         self._say("choosing on validation documents")
         configs = {**candidates, **closed}
-        validation = self._indices("validation")
+        validation = self.indices("validation")
         chosen = choose(self.judging, configs, validation)
         config = configs[chosen]
         config, rules = self._with_rule(config)
         self._say("reporting on test documents")
         best_form = choose(self.judging, closed, validation)
         test = {**closed, **self._ablation(chosen, configs[chosen]), "result": config}
-        rows = tabulate(self.judging, test, self._indices("test"), best_form)
+        rows = tabulate(self.judging, test, self.indices("test"), best_form)
         result = {
             "chosen": chosen,
             "baseline": best_form,
@@ -75,7 +75,7 @@ class SearchRun(Run):
         options, space = self.options, self._space()
         template = single_tier(next(iter(closed.values())))
         needles = options.algorithm is Algorithm.LONGROPE2
-        documents = self._needles["search"] if needles else self._indices("search")
+        documents = self._needles["search"] if needles else self.indices("search")
         fitness = Fitness(self.searching, template, documents)
         cheap = Fitness(self.searching, template, documents[:1], self._cheap_blocks())
         finalists = find_finalists(
@@ -108,7 +108,7 @@ class SearchRun(Run):
         def found(loss: float, origin: str) -> None:
             self._found(Finalist(self.model.native.tiers[-1], loss, origin))
 
-        search = LadderSearch(self.model, self.searching, self._indices("search"), settings, found)
+        search = LadderSearch(self.model, self.searching, self.indices("search"), settings, found)
         self._say("searching the smooth family")
         family = search.find_family()
         candidates = {"searched family": search.member(family)}
@@ -172,7 +172,7 @@ class SearchRun(Run):
             return replace(config, switch=self.options.switch), []
         self._say("measuring both rules")
         needles = self._needles.get("validation", [])
-        rows = measure_rules(self.judging, config, self._indices("validation"), needles)
+        rows = measure_rules(self.judging, config, self.indices("validation"), needles)
         return replace(config, switch=better_rule(rows)), list(rows)
 
     def _ablation(self, name: str, config: LongRopeConfig) -> dict[str, LongRopeConfig]:
@@ -200,7 +200,8 @@ class SearchRun(Run):
                 documents.append(make_needles(haystack, texts.encode, keys, rng, texts.start))
         return indices
 
-    def _indices(self, name: str) -> list[int]:
+    def indices(self, name: str) -> list[int]:
+        """Indices of the documents of one set: "search", "validation" or "test"."""
         return indices_of(self.split, name)
 
     def _cheap_blocks(self) -> tuple[Span, ...]:
