@@ -393,3 +393,29 @@ def test_a_model_without_rope_is_refused(tmp_path: Path, with_tokenizer: Path) -
     assert result.exit_code == 2
     assert "Error:" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_searched_ladder_is_taken_by_every_exporter(with_tokenizer: Path, tmp_path: Path) -> None:
+    run = arguments(with_tokenizer, tmp_path / "run", "--ladder", "64,96,128", "--switch", "causal")
+    more = ["--family-evaluations", "6", "--against", "yarn-ladder"]
+    result = CliRunner().invoke(main, [*run, *more])
+    assert result.exit_code == 0, result.stderr
+    factors = str(tmp_path / "run" / "factors.json")
+    searched = read_factors(Path(factors), None)
+    assert [tier.max_length for tier in searched.tiers] == [64, 96, 128]
+    exports = {
+        "gguf": ["-o", str(tmp_path / "model.gguf"), "--pre", "gpt-2"],
+        "safetensors": ["-o", str(tmp_path / "folder"), "--remote-code"],
+        "onnx": ["-o", str(tmp_path / "onnx")],
+    }
+    for command, more in exports.items():
+        given = [command, str(with_tokenizer), "--factors", factors, *more]
+        result = CliRunner().invoke(main, given)
+        assert result.exit_code == 0, result.stderr
+        written = read_factors(
+            Path(more[1]) / "longrope.json" if command == "safetensors" else Path(more[1]), None
+        )
+        assert [t.max_length for t in written.tiers] == [64, 96, 128]
+        for one, other in zip(written.tiers, searched.tiers, strict=True):
+            assert one.rescale_factors == pytest.approx(other.rescale_factors, rel=1e-6)
+            assert one.attention_factor == pytest.approx(other.attention_factor, rel=1e-6)
