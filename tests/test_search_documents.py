@@ -30,13 +30,15 @@ def test_three_sets_of_different_works() -> None:
     assert not groups[0] & groups[1]
     assert not groups[0] & groups[2]
     assert not groups[1] & groups[2]
-    assert split.note == ""
+    assert split.held_out == (
+        "windows from different works: search 5 from 3, validation 3 from 2, test 4 from 2"
+    )
     assert all(len(document.ids) == 100 for document in split.all)
 
 
 def test_windows_of_one_work_do_not_overlap_and_begin_with_the_start_ids() -> None:
     split = split_documents(works(1000), 100, (3, 2, 2), np.random.default_rng(0), start=(7,))
-    assert "different places of the same work" in split.note
+    assert "different places of the same work" in split.held_out
     seen: set[int] = set()
     for document in split.all:
         assert document.ids[0] == 7
@@ -48,7 +50,7 @@ def test_windows_of_one_work_do_not_overlap_and_begin_with_the_start_ids() -> No
 def test_one_window_is_used_for_everything_and_the_note_says_so() -> None:
     split = split_documents(works(150, 60), 100, (5, 3, 3), np.random.default_rng(0))
     assert split.search == split.validation == split.test
-    assert "nothing is held out" in split.note
+    assert "nothing is held out" in split.held_out
 
 
 def test_too_short_texts_are_refused_with_the_longest_length() -> None:

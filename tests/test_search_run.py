@@ -123,7 +123,10 @@ def test_a_run_that_was_cut_anywhere_ends_as_an_unbroken_one(
         run.close()
         assert again.config.tiers == whole.config.tiers
         assert again.config.switch == whole.config.switch
-        assert again.result["test"] == whole.result["test"]
+        for part in ("test", "validation", "chosen", "seeds"):
+            assert again.result[part] == whole.result[part]
+        for one, other in zip(again.result["history"], whole.result["history"], strict=True):
+            assert {**one, "seconds": 0} == {**other, "seconds": 0}
         assert again.result["spent"]["tokens"] == whole.result["spent"]["tokens"]
 
 
@@ -143,9 +146,98 @@ def test_a_budget_ends_the_search_and_not_the_report(
     run = start(folder, texts, options, tmp_path / "run")
     result = run.execute().result
     run.close()
-    # one batch may go over: all seeds on both documents at most
+    # the batch under way is finished: here the seeds, on both documents
     assert 12 * TARGET <= result["spent"]["tokens"] <= 26 * TARGET
     assert result["test"]
+    assert result["notes"] == ["the budget ended the search"]
+
+
+@pytest.mark.parametrize("passes", [1, 7, 20])
+def test_the_papers_search_looks_at_its_budget_between_individuals(
+    folder: Path, texts: Texts, tmp_path: Path, passes: int
+) -> None:
+    sizes = replace(SMALL, population=32)
+    options = replace(OPTIONS, evolution=sizes, budget=Budget(tokens=passes * TARGET))
+    run = start(folder, texts, options, tmp_path / "run")
+    outcome = run.execute()
+    run.close()
+    # the three seeds and every four individuals are scored together, on two documents
+    assert outcome.result["spent"]["tokens"] <= (passes + 8) * TARGET
+    assert outcome.result["history"]
+    found = [row for row in outcome.result["validation"] if row["name"].startswith("searched")]
+    assert found
+
+
+def test_practical_candidates_keep_to_the_space(folder: Path, texts: Texts, tmp_path: Path) -> None:
+    options = replace(BY_ALGORITHM["practical"], attention="1.2", budget=Budget())
+    run = start(folder, texts, options, tmp_path / "run")
+    seen: list[FactorTier] = []
+    inner = run.workers.run
+    run.workers.run = lambda jobs, done: (  # type: ignore[method-assign]
+        seen.extend(job.config.tiers[-1] for job in jobs if job.gradient or not job.blocks),
+        inner(jobs, done),
+    )[1]
+    run.searching.budget = Budget(tokens=60 * TARGET)
+    run.execute()
+    run.close()
+    assert len(seen) > 20
+    closed = {tier for tier in seen if tier.attention_factor != 1.2}
+    assert len(closed) <= 5  # the closed forms of the table, and the model's own tiers
+    for tier in set(seen) - closed:
+        assert max(tier.rescale_factors) <= 1.25 * TARGET / WINDOW + 1e-6
+
+
+def test_a_model_with_layers_apart_is_searched_without_gradients_and_says_so(
+    texts: Texts, tmp_path: Path
+) -> None:
+    folder = make_model(
+        tmp_path / "model", "gemma3", dtype="float32", max_position_embeddings=WINDOW
+    )
+    run = start(folder, texts, BY_ALGORITHM["practical"], tmp_path / "run")
+    result = run.execute().result
+    run.close()
+    assert result["notes"] == [
+        "no gradient stage: the model scales its logits, or ropes layers apart"
+    ]
+
+
+def test_needles_choose_what_longrope2_found(folder: Path, texts: Texts, tmp_path: Path) -> None:
+    run = start(folder, texts, BY_ALGORITHM["longrope2"], tmp_path / "run")
+    result = run.execute().result
+    run.close()
+    assert len(result["test_needles"]) == len(result["test"])
+    chosen = next(row for row in result["validation"] if row["name"] == result["chosen"])
+    assert chosen["loss"] == min(row["loss"] for row in result["validation"])
+
+
+def test_a_second_search_in_the_same_folder_is_refused(
+    folder: Path, texts: Texts, tmp_path: Path
+) -> None:
+    run = start(folder, texts, OPTIONS, tmp_path / "run")
+    with pytest.raises(OutputError, match="another search is at work"):
+        start(folder, texts, OPTIONS, tmp_path / "run", resume=True)
+    run.close()
+    start(folder, texts, OPTIONS, tmp_path / "run", resume=True).close()
+
+
+def test_a_run_inside_the_model_is_refused(folder: Path, texts: Texts) -> None:
+    with pytest.raises(OutputError, match="lies in the model"):
+        start(folder, texts, OPTIONS, folder / "run")
+    assert not (folder / "run").exists()
+
+
+def test_a_line_without_its_end_is_torn_even_if_it_reads_well(
+    folder: Path, texts: Texts, tmp_path: Path
+) -> None:
+    run = start(folder, texts, OPTIONS, tmp_path / "run")
+    whole = run.execute()
+    run.close()
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-1])
+    for _ in range(2):
+        run = start(folder, texts, OPTIONS, tmp_path / "run", resume=True)
+        assert run.execute().result["test"] == whole.result["test"]
+        run.close()
 
 
 def test_a_rule_that_is_given_is_written_and_not_measured(
@@ -164,7 +256,7 @@ def test_a_warm_start_is_one_of_the_seeds(folder: Path, texts: Texts, tmp_path: 
     run = start(folder, texts, replace(OPTIONS, warm_start=warm), tmp_path / "run")
     seeds = run.execute().result["seeds"]
     run.close()
-    assert set(seeds) == {"warm start", "pi", "ntk", "yarn"}
+    assert {name.split(",")[0] for name in seeds} == {"warm start", "pi", "ntk", "yarn"}
 
 
 def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: Path) -> None:
@@ -311,8 +403,11 @@ def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(model: Path, run: Path, *more: str) -> list[str]:
     given = ["search", str(model), "--target-length", "128", "--text", str(model.parent / "books")]
-    given += ["-o", str(run), "--population", "4", "--iterations", "2", "--documents", "2,1,1"]
-    return [*given, "--needle-keys", "0", *more]
+    given += ["-o", str(run), "--documents", "2,1,1"]
+    if "--ladder" not in more:
+        given += ["--population", "4", "--iterations", "2"]
+    needles = [] if "--recover" in more or "--needle-keys" in more else ["--needle-keys", "0"]
+    return [*given, *needles, *more]
 
 
 def test_the_command_searches_plots_and_prints_json(with_tokenizer: Path, tmp_path: Path) -> None:
@@ -365,9 +460,20 @@ def test_the_command_killed_at_any_moment_resumes_to_the_same_result(
         (["--documents", "a,b,c"], "expected whole numbers"),
         (["--recover", "32"], "expected --target-length 64"),
         (["--resume"], "no run to resume"),
-        (["--ladder", "64,96"], "expected the target 128"),
         (["--against", "yarn,none"], "method 'none' is not known"),
         (["--dtype", "float16", "--text", "none.txt"], "no such file"),
+        (["--ladder", "64,96"], "expected the target 128"),
+        (["--against", "yarn-ladder:x", "--ladder", "64,128"], "METHOD-ladder:NUMBER"),
+        (["--against", "yarn-ladder"], "ladders belong to --ladder"),
+        (["--budget-tokens", "0"], "--budget-tokens must be above 0"),
+        (["--budget-minutes", "-1"], "--budget-minutes must be above 0"),
+        (["--population", "0"], "--population and --documents must be 1 or more"),
+        (["--needle-keys", "100"], "--needle-keys must be 0..64"),
+        (["--tier-tokens", "5"], "--tier-tokens belongs to --ladder"),
+        (["--gradient-steps", "5"], "--algorithm longrope does not use --gradient-steps"),
+        (["--ladder", "64,128", "--attention-factor", "none"], "does not use --attention-factor"),
+        (["--ladder", "64,128", "--recover", "32"], "two searches"),
+        (["--algorithm", "practical"], "does not use --population"),
     ],
 )
 def test_bad_input_is_one_clear_error(

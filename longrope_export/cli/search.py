@@ -115,6 +115,7 @@ def command(
     from longrope_export.search.run import SearchRun
     from longrope_export.search.workers import make_workers
 
+    refuse_ignored(given)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     warm = None if warm_start is None else read_factors(warm_start, source)
     options = make_options(given, warm)
@@ -139,6 +140,52 @@ def command(
         print_json(outcome.result)
     if not is_quiet():
         say_outcome(outcome, output)
+
+
+# what each kind of search would ignore, by parameter name
+_IGNORED = {
+    "--ladder": (
+        "algorithm", "attention", "no_start_tokens", "population", "iterations", "gradient_steps",
+        "warm_start",
+    ),
+    "--recover": (
+        "against", "attention", "no_start_tokens", "needle_keys", "family_evaluations", "warm_start",
+    ),
+    "--algorithm longrope": ("family_evaluations", "gradient_steps"),
+    "--algorithm longrope2": (
+        "no_start_tokens", "family_evaluations", "gradient_steps", "warm_start",
+    ),
+    "--algorithm practical": ("population", "iterations"),
+}  # fmt: skip
+_NEED = {"no_refine": "ladder", "tier_tokens": "ladder", "recover_cap": "recover"}
+
+
+def refuse_ignored(given: dict[str, Any]) -> None:
+    """Refuse options that the kind of search that was asked for would not look at.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    from click.core import ParameterSource
+
+    from longrope_export.errors import ConfigError
+
+    context = click.get_current_context()
+
+    def is_set(name: str) -> bool:
+        return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+    kinds = [f"--{name}" for name in ("ladder", "recover") if given[name]]
+    if len(kinds) == 2:
+        raise ConfigError("--ladder and --recover are two searches: give one")
+    kind = kinds[0] if kinds else f"--algorithm {given['algorithm']}"
+    for name in _IGNORED[kind]:
+        if is_set(name):
+            option = {"attention": "attention-factor"}.get(name, name.replace("_", "-"))
+            raise ConfigError(f"{kind} does not use --{option}: it would be ignored")
+    for name, needed in _NEED.items():
+        if is_set(name) and not given[needed]:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --{needed}")
 
 
 def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
@@ -252,14 +299,12 @@ def show_progress() -> Iterator[Callable[[Event], None]]:
 
 
 def describe(event: Event) -> str:
-    """One line: the phase, the best perplexity, and the closed forms beside it."""
-    from math import exp
-
+    """One line: the phase, the best loss, and the best seeds' beside it."""
     if event.best is None:
         return event.phase
-    line = f"{event.phase}: best {exp(event.best):.4f} ({event.origin})"
+    line = f"{event.phase}: best {event.best:.4f} nats ({event.origin})"
     nearest = sorted(event.closed_forms.items(), key=lambda entry: entry[1])[:3]
-    return line + "".join(f", {name} {exp(loss):.4f}" for name, loss in nearest)
+    return line + "".join(f", {name} {loss:.4f}" for name, loss in nearest)
 
 
 def write_plots(source: Model, options: SearchOptions, outcome: Outcome, folder: Path) -> None:
@@ -294,5 +339,8 @@ def say_outcome(outcome: Outcome, folder: Path) -> None:
         certainty = f"{against['mean'] / error:+.1f}" if error else ""
         table.add_row(row["name"], f"{row['perplexity']:.4f}", mean, certainty)
     Console(stderr=True).print(table)
-    say(f"chosen: {result['chosen']}, switch {outcome.config.switch}; {result['held_out']}")
+    say(f"chosen: {result['chosen']}, switch {outcome.config.switch}")
+    say(f"standard errors are over windows; {result['held_out']}")
+    for note in result.get("notes", ()):
+        say(f"note: {note}")
     say(f"{folder}/factors.json; next: longrope-export gguf MODEL --factors {folder}/factors.json")

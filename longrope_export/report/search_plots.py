@@ -41,16 +41,22 @@ def write_search_plots(
 def _convergence(result: Mapping[str, Any]) -> Any:
     figure, axes = _figure()
     history = result["history"]
-    tokens = [entry["tokens"] for entry in history] + [result["spent"]["tokens"]]
-    losses = [math.exp(entry["loss"]) for entry in history]
-    axes.step(tokens, [*losses, *losses[-1:]], where="post", lw=2, label="best so far")
+    phases = list(dict.fromkeys(entry["phase"] for entry in history))
+    if phases:
+        # a ladder's later phases score other tokens: their losses are no continuation
+        shown = [entry for entry in history if entry["phase"] == phases[0]]
+        end = result["spent"]["tokens"] if len(phases) == 1 else shown[-1]["tokens"]
+        tokens = [*(entry["tokens"] for entry in shown), end]
+        losses = [math.exp(entry["loss"]) for entry in shown]
+        axes.step(tokens, [*losses, losses[-1]], where="post", lw=2, label="best so far")
     best_seeds = sorted(result["seeds"].items(), key=lambda entry: entry[1])[:4]
     for number, (name, loss) in enumerate(best_seeds):
         axes.axhline(math.exp(loss), color=f"C{number + 1}", lw=1, ls="--", label=name)
-    axes.set(xlabel="forward tokens", ylabel="perplexity on the search documents")
+    axes.set(xlabel="forward tokens", ylabel="exp(loss) on the search documents")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 6))
-    axes.legend(fontsize="small")
-    axes.set_title("convergence")
+    if phases or best_seeds:
+        axes.legend(fontsize="small")
+    axes.set_title(phases[0] if phases else "nothing was found within the budget")
     return figure
 
 

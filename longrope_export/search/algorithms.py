@@ -85,7 +85,10 @@ def find_finalists(
     keeper = _Keeper(on_best)
     with contextlib.suppress(BudgetSpentError):
         if algorithm is Algorithm.LONGROPE:
-            on_seeds(dict(zip(seeds, fitness(individuals), strict=True)))
+            losses = fitness(individuals)
+            for scored in zip(losses, individuals, strict=True):
+                keeper.add(scored)
+            on_seeds(dict(zip(seeds, losses, strict=True)))
         evolve(variation, individuals, evolution, fitness, rng, on_scored=keeper.add)
     return [Finalist(tier, loss, str(algorithm)) for loss, tier in keeper.best]
 
@@ -98,6 +101,8 @@ class _Keeper:
         self._on_best = on_best
 
     def add(self, scored: Scored) -> None:
+        if scored in self.best:
+            return
         is_best = not self.best or scored[0] < self.best[0][0]
         self.best = sorted([*self.best, scored], key=lambda entry: entry[0])[:FINALISTS]
         if is_best:

@@ -25,13 +25,13 @@ class Split:
         search: candidates are scored on them.
         validation: the result is chosen on them.
         test: only reported on.
-        note: what is not held out, in words; empty if the sets come from different works.
+        held_out: how far the sets are apart, and what was asked for and is not there, in words.
     """
 
     search: tuple[Document, ...]
     validation: tuple[Document, ...]
     test: tuple[Document, ...]
-    note: str = ""
+    held_out: str
 
     @property
     def all(self) -> tuple[Document, ...]:
@@ -88,9 +88,9 @@ def split_documents(
 ) -> Split:
     """Windows of `length` tokens for search, validation and test.
 
-    With three works or more that are long enough, each set has its own works. With less, the sets are
-    different places of the same works, or, where there are fewer than three windows, the same
-    ones; Split.note says so.
+    With three works or more that are long enough, each set has its own works. With less, the sets
+    are different places of the same works, or, where there are fewer than three windows, the same
+    ones; Split.held_out says so.
 
     Args:
         works: (name, ids) without special tokens.
@@ -112,8 +112,7 @@ def split_documents(
             f"{body}: give longer texts, or a shorter --target-length"
         )
     if len(windows) >= 3:
-        search, validation, test = _by_work(windows, counts)
-        return Split(search, validation, test)
+        return Split(*_by_work(windows, counts))
     flat = [window for work in windows for window in work]
     if len(flat) >= 3:
         last = max(1, min(counts[2], len(flat) // 4))
@@ -130,18 +129,21 @@ def split_documents(
 
 def _by_work(
     windows: list[list[Document]], counts: tuple[int, int, int]
-) -> list[tuple[Document, ...]]:
+) -> tuple[tuple[Document, ...], tuple[Document, ...], tuple[Document, ...], str]:
     """Give each work to the set that lacks most; then take windows from its works in turn."""
     shares: list[list[list[Document]]] = [[], [], []]
     for work in windows:
         have = [sum(map(len, share)) / count for share, count in zip(shares, counts, strict=True)]
         shares[int(np.argmin(have))].append(work)
-    chosen = []
-    for share, count in zip(shares, counts, strict=True):
+    chosen, words = [], []
+    for name, share, count in zip(("search", "validation", "test"), shares, counts, strict=True):
         rounds = max(map(len, share))
         turns = [work[k] for k in range(rounds) for work in share if k < len(work)]
         chosen.append(tuple(turns[:count]))
-    return chosen
+        lack = "" if len(turns) >= count else f" (of {count} asked for)"
+        words.append(f"{name} {len(chosen[-1])}{lack} from {min(len(share), count)}")
+    held_out = f"windows from different works: {', '.join(words)}"
+    return chosen[0], chosen[1], chosen[2], held_out
 
 
 def _windows(name: str, ids: Sequence[int], body: int, start: Sequence[int]) -> list[Document]:
@@ -160,7 +162,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix != ".jsonl":
         yield path.stem, text
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

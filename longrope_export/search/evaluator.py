@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ConfigError
 from longrope_export.rope import FloatArray
 from longrope_export.search.jobs import Job, Score, Span, Workers, essence
 from longrope_export.search.state import RunFolder
@@ -31,6 +32,11 @@ class Budget:
     tokens: int | None = None
     seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in (("tokens", self.tokens), ("minutes", self.seconds)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"--budget-{name} must be above 0, got {value}")
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -38,7 +44,7 @@ class Progress:
 
     Attributes:
         evaluations, tokens, seconds: spent so far.
-        share: of the budget that is spent, 0 to 1; None without one.
+        share: of the budget, or of what is expected, that is spent, 0 to 1; None if unknown.
     """
 
     evaluations: int
@@ -55,6 +61,10 @@ class Evaluator:
         run: the log.
         budget: checked before each call that would compute something.
         observe: told after each evaluation.
+
+    Attributes:
+        evaluations, tokens, seconds: spent so far.
+        expected: evaluations that there will be, where that is known; for the progress alone.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class Evaluator:
         self._counted: set[str] = set()
         self._prefixes: set[tuple[int, str]] = set()
         self.evaluations, self.tokens, self.seconds = 0, 0, 0.0
+        self.expected: int | None = None
 
     def scores(self, jobs: Sequence[Job]) -> list[Score]:
         """One score for each job.
@@ -100,16 +111,15 @@ class Evaluator:
     @property
     def is_spent(self) -> bool:
         """Whether the budget is used up."""
-        share = self._share()
-        return share is not None and share >= 1
+        return max(self._shares(), default=0.0) >= 1
 
-    def _share(self) -> float | None:
+    def _shares(self) -> list[float]:
         shares = []
         if self.budget.tokens is not None:
             shares.append(self.tokens / self.budget.tokens)
         if self.budget.seconds is not None:
             shares.append(self.seconds / self.budget.seconds)
-        return max(shares) if shares else None
+        return shares
 
     def _count_prefix(self, job: Job) -> None:
         if job.prefix is not None:
@@ -125,7 +135,11 @@ class Evaluator:
         self.evaluations += 1
         self.tokens += score.tokens
         self.seconds += score.seconds
-        self._observe(Progress(self.evaluations, self.tokens, self.seconds, self._share()))
+        shares = self._shares()
+        if self.expected:
+            shares.append(self.evaluations / self.expected)
+        share = min(max(shares), 1.0) if shares else None
+        self._observe(Progress(self.evaluations, self.tokens, self.seconds, share))
 
 
 class Fitness:

@@ -10,10 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from longrope_export.config import FactorTier
+from longrope_export.errors import ConfigError
 
 Score = Callable[[Sequence[FactorTier]], list[float]]
 Scored = tuple[float, FactorTier]
 LONG_TARGET = 256 * 1024  # above it the paper halves the population; it says "over 512k"
+TOGETHER = 4  # individuals that are scored at once: a budget is looked at between them
 TRIES = 20  # children that were seen before, after which a mutant is taken
 
 
@@ -37,6 +39,12 @@ class EvolutionSettings:
     iterations: int = 40
     parents: int = 32
     documents: int = 5
+
+    def __post_init__(self) -> None:
+        if min(self.population, self.parents, self.documents) < 1 or self.iterations < 0:
+            raise ConfigError(
+                f"--population and --documents must be 1 or more, --iterations 0 or more: {self}"
+            )
 
     @classmethod
     def for_length(cls, length: int) -> EvolutionSettings:
@@ -86,9 +94,12 @@ def evolve(
     nursery = _Nursery(variation, settings, rng)
     generation = nursery.first(seeds)
     for number in range(settings.iterations + 1):
-        scored = list(zip(score(generation), generation, strict=True))
-        for entry in scored:
-            on_scored(entry)
+        scored: list[Scored] = []
+        for first in range(0, len(generation), TOGETHER):
+            part = generation[first : first + TOGETHER]
+            scored += zip(score(part), part, strict=True)
+            for entry in scored[first:]:
+                on_scored(entry)
         nursery.best = sorted(nursery.best + scored, key=lambda entry: entry[0])
         nursery.best = nursery.best[: settings.parents]
         on_generation(number, nursery.best[0])
@@ -110,8 +121,9 @@ class _Nursery:
     def first(self, seeds: Sequence[FactorTier]) -> list[FactorTier]:
         generation = list(dict.fromkeys(seeds))
         self._seen.update(generation)
+        count = len(generation)
         while len(generation) < self.settings.population:
-            seed = generation[int(self.rng.integers(len(seeds)))]
+            seed = generation[int(self.rng.integers(count))]
             generation.append(self._unseen(partial(self._mutant, seed)))
         return generation[: self.settings.population]
 

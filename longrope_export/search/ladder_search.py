@@ -130,14 +130,14 @@ class LadderSearch:
         end = tier.max_length
         if self.settings.tier_tokens is not None:
             end = min(end, begin + self.settings.tier_tokens)
-        prefix = self.config(found) if found else replace(self.model.native)
+        prefix = replace(self.model.native, switch=SwitchPolicy.CAUSAL)
+        if found:
+            prefix = self.config(found)
         candidates = [tier, *self._near(tier, family)]
-        rows = []
-        for candidate in candidates:
-            config = self.config([*found, candidate])
-            jobs = [Job(config, d, ((begin, end),), prefix) for d in self.documents]
-            rows.append([score.mean for score in self.evaluator.scores(jobs)])
-        means = np.mean(rows, axis=1)
+        configs = [self.config([*found, candidate]) for candidate in candidates]
+        jobs = [Job(c, d, ((begin, end),), prefix) for c in configs for d in self.documents]
+        losses = [score.mean for score in self.evaluator.scores(jobs)]
+        means = np.reshape(losses, (len(candidates), -1)).mean(axis=1)
         best = int(means.argmin())
         self._on_best(float(means[best]), f"tier {tier.max_length}")
         return candidates[best]
@@ -156,6 +156,7 @@ class LadderSearch:
     def _blocks(self) -> tuple[Span, ...]:
         """Blocks spread evenly from the model's window to the end of the target."""
         first, last = self._own.max_length, self.settings.lengths[-1]
-        size = min(self.settings.block_tokens, (last - first) // self.settings.num_blocks)
-        starts = np.linspace(first, last - size, self.settings.num_blocks).round().astype(int)
+        size = max(1, min(self.settings.block_tokens, (last - first) // self.settings.num_blocks))
+        count = min(self.settings.num_blocks, last - first)
+        starts = np.linspace(first, last - size, count).round().astype(int)
         return tuple((int(start), int(start) + size) for start in starts)

@@ -70,7 +70,7 @@ class CriticalSpace:
         return self.lowest
 
     def mutate(self, tier: FactorTier, rng: np.random.Generator, chance: float) -> FactorTier:
-        """Lambda from the critical pair on, each with probability `chance`, on the 0.01 grid."""
+        """Lambda from the critical pair on, each with probability `chance`, by steps of 0.01."""
         critical = self.critical_of(tier)
         upper = self.space.lambdas(tier)[critical:].copy()
         top = UPPER * self.space.ratio

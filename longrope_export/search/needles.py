@@ -16,6 +16,7 @@ from longrope_export.search.jobs import Document
 
 _ADJECTIVES = ("numerous", "quiet", "amber", "hollow", "distant", "gentle", "rusty", "early")
 _NOUNS = ("kite", "harbor", "lantern", "meadow", "anvil", "orchard", "compass", "glacier")
+MAX_KEYS = len(_ADJECTIVES) * len(_NOUNS)
 _TASK = "Some special magic numbers are hidden in the following text. Memorize them.\n"
 _NEEDLE = " One of the special magic numbers for {key} is: {value}. "
 _QUESTION = "\nThe special magic number for {key} mentioned in the text is:"

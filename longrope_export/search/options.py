@@ -13,10 +13,12 @@ from longrope_export.ladder import attention_factor
 from longrope_export.search.algorithms import Algorithm
 from longrope_export.search.evaluator import Budget, Progress
 from longrope_export.search.evolution import EvolutionSettings
+from longrope_export.search.needles import MAX_KEYS
 from longrope_export.search.practical import PracticalSettings
 
 CLOSED_FORMS = ("pi", "ntk", "dynamic-ntk", "yarn")
 CLOSED_LADDERS = ("yarn", "yarn-ladder", "yarn-ladder:0.6")
+LADDER_DOCUMENTS = 3
 SEARCHED_ATTENTION = "search"
 
 
@@ -77,6 +79,18 @@ class SearchOptions:
                 "a warm start belongs to the algorithms longrope and practical without a ladder; "
                 "here it would be ignored"
             )
+        if self.ladder and self.algorithm is Algorithm.LONGROPE2:
+            raise ConfigError("--ladder has its own search: --algorithm longrope2 would be ignored")
+        if self.algorithm is Algorithm.LONGROPE2 and self.attention == SEARCHED_ATTENTION:
+            raise ConfigError("longrope2 does not search the attention factor: give a number")
+        if self.ladder and self.practical.family_evaluations < 1:
+            raise ConfigError("--ladder needs --family-evaluations of 1 or more")
+        if self.tier_tokens is not None and self.tier_tokens < 1:
+            raise ConfigError(f"--tier-tokens must be 1 or more, got {self.tier_tokens}")
+        if not 0 <= self.needle_keys <= MAX_KEYS:
+            raise ConfigError(f"--needle-keys must be 0..{MAX_KEYS}, got {self.needle_keys}")
+        if self.recover and min(self.recover) < 1:
+            raise ConfigError(f"--recover: lengths must be 1 or more, got {self.recover}")
         if self.attention != SEARCHED_ATTENTION:
             attention_factor(self.attention, 2.0, 8192, 1.0)
 
@@ -92,7 +106,10 @@ class SearchOptions:
 
     @property
     def num_search_documents(self) -> int:
-        return self.documents[0] or self.sizes.documents
+        """What was given, else the papers' numbers; for a ladder as many as have their caches kept."""
+        if self.documents[0] or self.algorithm is Algorithm.LONGROPE:
+            return self.documents[0] or (LADDER_DOCUMENTS if self.ladder else self.sizes.documents)
+        return 10 if self.algorithm is Algorithm.LONGROPE2 else self.sizes.documents
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, for settings.json and provenance."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from longrope_export.config import FactorTier
-from longrope_export.rope import FloatArray
+from longrope_export.rope import FloatArray, yarn_attention_factor
 from longrope_export.search.evaluator import BudgetSpentError, Difference, Fitness
 from longrope_export.search.family import LOWER, from_coordinates, minimise
 from longrope_export.search.space import SearchSpace, with_start
@@ -129,8 +129,12 @@ class PracticalSearch:
         def loss(point: FloatArray) -> float:
             member = from_coordinates(point)
             lambdas = member.lambdas(speeds, self.space.window, self.space.length)
-            relative = 1 + member.attention_strength * 0.1 * float(np.log(self.space.ratio))
-            tier = self.space.tier(lambdas, self.best.tier.num_start_tokens, relative)
+            relative = yarn_attention_factor(self.space.ratio, member.attention_strength)
+            tier = self.space.tier(
+                self.space.clip(lambdas),
+                self.best.tier.num_start_tokens,
+                self.space.clip_attention(relative),
+            )
             losses = self.fitness.losses([tier])[0]
             if losses.mean() < self.best.mean:
                 self._crown(tier, losses, "smooth family")
@@ -147,7 +151,7 @@ class PracticalSearch:
         turns = np.asarray(self.space.inv_freq) * self.space.window / (2 * np.pi)
         weight = np.minimum(1.0, 1.0 / turns)
         weight[turns > 32] = 0.0  # there the loss only oscillates
-        weight = np.append(weight, ATTENTION_RATE)
+        weight = np.append(weight, ATTENTION_RATE if self.space.attention_range else 0.0)
         start = self.best.tier
         point = np.log(np.append(self.space.lambdas(start), start.attention_factor))
         first, second = np.zeros(len(point)), np.zeros(len(point))
@@ -176,9 +180,11 @@ class PracticalSearch:
 
     def _tier_at(self, point: FloatArray, start: FactorTier) -> FactorTier:
         """The individual at ln(lambda) and ln(attention factor), brought into order and bounds."""
-        lambdas = np.maximum.accumulate(np.maximum(np.exp(point[:-1]), 1.0)).round(6)
-        attention = float(np.exp(point[-1])) / self.space.own_attention
-        return self.space.tier(lambdas, start.num_start_tokens, round(attention, 6))
+        lambdas = self.space.clip(np.exp(point[:-1]).round(6))
+        attention = round(float(np.exp(point[-1])) / self.space.own_attention, 6)
+        return self.space.tier(
+            lambdas, start.num_start_tokens, self.space.clip_attention(attention)
+        )
 
     def _start_tokens(self) -> None:
         others = [n for n in self.space.start_tokens if n != self.best.tier.num_start_tokens]

@@ -21,6 +21,7 @@ from longrope_export.search.space import make_recovery_space, recovery_seeds
 
 LONG = "long factors"
 PLAIN = "plain RoPE"
+OWN = "the model's own short factors"
 
 
 class RecoveryRun(Run):
@@ -43,6 +44,10 @@ class RecoveryRun(Run):
             )
         if list(options.recover) != sorted(set(options.recover)):
             raise ConfigError(f"--recover: lengths must rise, got {options.recover}")
+        self._spaces = {
+            length: make_recovery_space(self.model.native, length, options.recover_cap)
+            for length in options.recover
+        }
         counts = (options.num_search_documents, *options.documents[1:])
         documents: list[Document] = []
         self._splits: dict[int, tuple[Split, int]] = {}
@@ -60,10 +65,10 @@ class RecoveryRun(Run):
             tiers.append(tier)
             results.append(result)
         native = self.model.native
-        kept = [tier for tier in native.tiers if tier.max_length > self.options.recover[-1]]
+        kept = [tier for tier in native.tiers if tier.max_length not in self.options.recover]
         config = replace(
             native,
-            tiers=(*tiers, *kept),
+            tiers=tuple(sorted((*tiers, *kept), key=lambda tier: tier.max_length)),
             switch=self.options.switch or SwitchPolicy.SEQUENCE,
         )
         last = results[-1]
@@ -76,10 +81,11 @@ class RecoveryRun(Run):
         self._say(f"recovering {length} tokens")
         options, native = self.options, self.model.native
         split, first = self._splits[length]
-        space = make_recovery_space(native, length, options.recover_cap)
+        space = self._spaces[length]
         seeds = recovery_seeds(space, native)
         template = single_tier(native)
         fitness = Fitness(self.searching, template, indices_of(split, "search", first))
+        has_gradient = native.layers is None and native.logit_scaling is None
         # no smooth family here: it interpolates towards longer text
         finalists = find_finalists(
             options.algorithm,
@@ -89,22 +95,28 @@ class RecoveryRun(Run):
             None,
             np.random.default_rng([options.seed, length]),
             evolution=options.sizes,
-            practical=replace(options.practical, family_evaluations=0),
-            on_best=self._found,
+            practical=replace(
+                options.practical,
+                family_evaluations=0,
+                gradient_steps=options.practical.gradient_steps if has_gradient else 0,
+            ),
+            on_best=lambda finalist: self._found(finalist.loss, finalist.origin),
             on_seeds=self._seeded,
         )
         configs: dict[str, LongRopeConfig] = {
             LONG: template(replace(native.tiers[-1], max_length=length)),
             PLAIN: template(FactorTier(length, (1.0,) * native.num_pairs)),
         }
+        own = native.select_tier(length)
+        if own != native.tiers[-1]:
+            configs[OWN] = template(replace(own, max_length=length))
         for number, finalist in enumerate(finalists, start=1):
             configs[f"recovered ({number}, {finalist.origin})"] = template(finalist.tier)
         validation = indices_of(split, "validation", first)
         chosen = choose(self.judging, configs, validation)
         shown: Mapping[str, LongRopeConfig] = {
-            LONG: configs[LONG],
-            PLAIN: configs[PLAIN],
-            f"recovered, {length} tokens": configs[chosen],
+            **{name: configs[name] for name in (LONG, PLAIN, OWN) if name in configs},
+            f"result, {length} tokens": configs[chosen],
         }
         rows = tabulate(self.judging, shown, indices_of(split, "test", first), LONG)
         result = {
@@ -112,7 +124,7 @@ class RecoveryRun(Run):
             "chosen": chosen,
             "baseline": LONG,
             "test": [row.to_json() for row in rows],
-            "held_out": split.note,
+            "held_out": split.held_out,
             "documents": names_of(split),
         }
         return configs[chosen].tiers[-1], result

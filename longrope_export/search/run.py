@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,20 +12,21 @@ import numpy as np
 from longrope_export.config import FactorTier, LongRopeConfig
 from longrope_export.errors import ConfigError
 from longrope_export.ladder import MethodOptions, attention_factor, make_config, parse_ladder
-from longrope_export.search.algorithms import Algorithm, Finalist, find_finalists
+from longrope_export.search.algorithms import Algorithm, find_finalists
 from longrope_export.search.documents import split_documents
-from longrope_export.search.evaluator import Fitness, single_tier
+from longrope_export.search.evaluator import Budget, Fitness, single_tier
 from longrope_export.search.jobs import Document, Span
 from longrope_export.search.judge import better_rule, choose, measure_rules, tabulate
 from longrope_export.search.ladder_search import LadderSearch, LadderSettings
 from longrope_export.search.needles import make_needles
-from longrope_export.search.options import SEARCHED_ATTENTION, Outcome
-from longrope_export.search.run_base import Run, Texts, indices_of, names_of
+from longrope_export.search.options import CLOSED_FORMS, SEARCHED_ATTENTION, Outcome
+from longrope_export.search.run_base import SETS, Run, Texts, indices_of, names_of
 from longrope_export.search.space import START_TOKENS, SearchSpace, make_space, with_start
 
 STRENGTHS = (0.6, 0.3)  # of YaRN's attention factor, as further seeds of one tier
 CHEAP_BLOCKS = 4
-HELD_OUT = "search, validation and test come from different works"
+SHOWN_SEEDS = 2  # beside the closed forms in the table of the test documents
+ATTENTION_REACH = 0.25  # of ln s, above 1: where the attention factor is a gene
 
 
 class SearchRun(Run):
@@ -37,6 +39,10 @@ class SearchRun(Run):
                 f"--target-length {options.target_length}: the model's own window is "
                 f"{self.model.window} already"
             )
+        self._forms = self._closed_forms()
+        self._space = self._make_space()
+        self._seeds = self._make_seeds()
+        self._ladder = self._ladder_settings()
         counts = (options.num_search_documents, *options.documents[1:])
         self.split = split_documents(texts.works, options.target_length, counts, rng, texts.start)
         documents = list(self.split.all)
@@ -45,49 +51,58 @@ class SearchRun(Run):
 
     def execute(self) -> Outcome:
         """See Run."""
-        closed = self._closed_forms()
-        candidates = self._search_ladder() if self.options.ladder else self._search_tier(closed)
+        self._say(f"searching ({self.split.held_out})")
+        candidates = self._search_tier() if self._ladder is None else self._search_ladder()
         self._say("choosing on validation documents")
-        configs = {**candidates, **closed}
-        validation = self.indices("validation")
+        # LongRoPE2 is judged by what it searches for: answers to needles
+        asks = self.options.algorithm is Algorithm.LONGROPE2
+        validation = self._needles["validation, one key"] if asks else self.indices("validation")
+        configs = {**candidates, **self._forms}
         chosen = choose(self.judging, configs, validation)
-        config = configs[chosen]
-        config, rules = self._with_rule(config)
+        baseline = choose(self.judging, self._forms, validation)
+        config, rules = self._with_rule(configs[chosen])
         self._say("reporting on test documents")
-        best_form = choose(self.judging, closed, validation)
-        test = {**closed, **self._ablation(chosen, configs[chosen]), "result": config}
-        rows = tabulate(self.judging, test, self.indices("test"), best_form)
+        shown = {**self._forms, **self._best_seeds(), **self._ablation(chosen, configs[chosen])}
+        shown["result"] = config
         result = {
             "chosen": chosen,
-            "baseline": best_form,
-            "test": [row.to_json() for row in rows],
-            "validation": [
-                row.to_json() for row in tabulate(self.judging, configs, validation, best_form)
-            ],
+            "baseline": baseline,
+            "test": self._rows(shown, self.indices("test"), baseline),
+            "validation": self._rows(configs, validation, baseline),
             "rules": [asdict(rule) for rule in rules],
-            "held_out": self.split.note or HELD_OUT,
+            "held_out": self.split.held_out,
             "documents": names_of(self.split),
+            "notes": self._notes(),
         }
+        if asks:
+            needles = self._needles["test, one key"]
+            result["test_needles"] = self._rows(shown, needles, baseline)
         return self._finish(config, result)
 
-    def _search_tier(self, closed: Mapping[str, LongRopeConfig]) -> dict[str, LongRopeConfig]:
-        self._say("searching")
-        options, space = self.options, self._space()
-        template = single_tier(next(iter(closed.values())))
-        needles = options.algorithm is Algorithm.LONGROPE2
-        documents = self._needles["search"] if needles else self.indices("search")
+    def _search_tier(self) -> dict[str, LongRopeConfig]:
+        options = self.options
+        template = single_tier(self.model.native)
+        asks = options.algorithm is Algorithm.LONGROPE2
+        documents = self._needles["search, one key"] if asks else self.indices("search")
+        if options.algorithm is not Algorithm.PRACTICAL:
+            sizes = options.sizes
+            children = sizes.iterations * (sizes.mutations + sizes.crossovers)
+            self.searching.expected = (sizes.population + children) * len(documents)
         fitness = Fitness(self.searching, template, documents)
         cheap = Fitness(self.searching, template, documents[:1], self._cheap_blocks())
+        practical = options.practical
+        if not self._has_gradient:
+            practical = replace(practical, gradient_steps=0)
         finalists = find_finalists(
             options.algorithm,
-            space,
-            self._seeds(space, closed),
+            self._space,
+            self._seeds,
             fitness,
             cheap,
             np.random.default_rng(options.seed + 1),
             evolution=options.sizes,
-            practical=options.practical,
-            on_best=self._found,
+            practical=practical,
+            on_best=lambda finalist: self._found(finalist.loss, finalist.origin),
             on_seeds=self._seeded,
         )
         return {
@@ -96,28 +111,18 @@ class SearchRun(Run):
         }
 
     def _search_ladder(self) -> dict[str, LongRopeConfig]:
-        assert self.options.ladder is not None
-        lengths = parse_ladder(self.options.ladder, self.model.window, self.options.target_length)
-        settings = LadderSettings(
-            tuple(lengths[1:]),
-            family_evaluations=self.options.practical.family_evaluations,
-            tier_tokens=self.options.tier_tokens,
-            refine=self.options.refine,
-        )
-
-        def found(loss: float, origin: str) -> None:
-            self._found(Finalist(self.model.native.tiers[-1], loss, origin))
-
-        search = LadderSearch(self.model, self.searching, self.indices("search"), settings, found)
+        assert self._ladder is not None
+        documents = self.indices("search")
+        search = LadderSearch(self.model, self.searching, documents, self._ladder, self._found)
         self._say("searching the smooth family")
         family = search.find_family()
         candidates = {"searched family": search.member(family)}
-        if settings.refine:
+        if self._ladder.refine:
             self._say("searching tier by tier")
             candidates["searched tiers"] = search.config(search.refine(family))
         return candidates
 
-    # -- what they need
+    # -- what is searched
 
     def _closed_forms(self) -> dict[str, LongRopeConfig]:
         """What the result is compared with, by the names of --against."""
@@ -128,40 +133,94 @@ class SearchRun(Run):
             if method == name:
                 config = make_config(self.model, name, target)
                 forms[name] = single_tier(config)(config.tiers[-1])
-            else:
+                continue
+            try:
                 options = MethodOptions(attention_strength=float(strength.lstrip(":") or 1))
-                forms[name] = make_config(
-                    self.model, method, target, ladder=ladder, options=options
-                )
+            except ValueError as error:
+                raise ConfigError(
+                    f"--against {name}: expected METHOD-ladder or METHOD-ladder:NUMBER"
+                ) from error
+            forms[name] = make_config(self.model, method, target, ladder=ladder, options=options)
         return forms
 
-    def _space(self) -> SearchSpace:
+    def _ladder_settings(self) -> LadderSettings | None:
+        if self.options.ladder is None:
+            return None
+        lengths = parse_ladder(self.options.ladder, self.model.window, self.options.target_length)
+        return LadderSettings(
+            tuple(lengths[1:]),
+            family_evaluations=self.options.practical.family_evaluations,
+            tier_tokens=self.options.tier_tokens,
+            refine=self.options.refine,
+        )
+
+    def _make_space(self) -> SearchSpace:
         options, native = self.options, self.model.native
         ratio = options.target_length / self.model.window
         start = START_TOKENS if options.start_tokens else (native.tiers[-1].num_start_tokens,)
         if options.attention == SEARCHED_ATTENTION:
-            log = float(np.log(ratio))
-            scope = (1.0, round(1.0 + 0.25 * log, 3))
+            scope = (1.0, round(1.0 + ATTENTION_REACH * math.log(ratio), 3))
             return make_space(
                 native, options.target_length, attention_range=scope, start_tokens=start
             )
         factor = attention_factor(options.attention, ratio, self.model.window, 1.0)
         return make_space(native, options.target_length, attention=factor, start_tokens=start)
 
-    def _seeds(
-        self, space: SearchSpace, closed: Mapping[str, LongRopeConfig]
-    ) -> dict[str, FactorTier]:
+    def _make_seeds(self) -> dict[str, FactorTier]:
         """The paper's three; with the attention factor as a gene, the closed forms as they are."""
-        target, warm = self.options.target_length, self.options.warm_start
-        begin = {} if warm is None else {"warm start": replace(warm.tiers[-1], max_length=target)}
+        target, space = self.options.target_length, self._space
+        seeds = self._warm_seed()
         if space.attention_range is None:
-            return begin | space.seeds(self.model.native.provenance.get("family", ""))
-        seeds = begin | {name: config.tiers[-1] for name, config in closed.items()}
+            family = "mistral" if "mistral" in self.model.architecture.lower() else ""
+            named = space.seeds(family)
+            return seeds | {
+                f"{name}, attention {space.attention:.3f}": t for name, t in named.items()
+            }
+        for name in CLOSED_FORMS:
+            seeds[name] = make_config(self.model, name, target).tiers[-1]
         for strength in STRENGTHS:
             options = MethodOptions(attention_strength=strength)
             made = make_config(self.model, "yarn", target, options=options)
             seeds[f"yarn, strength {strength:g}"] = made.tiers[-1]
         return seeds
+
+    def _warm_seed(self) -> dict[str, FactorTier]:
+        warm, native = self.options.warm_start, self.model.native
+        if warm is None:
+            return {}
+        if (warm.logit_scaling, warm.layers) != (native.logit_scaling, native.layers):
+            raise ConfigError(
+                "--warm-start: its log scaling or its choice of layers is not the model's own, and "
+                "a search changes neither"
+            )
+        return {"warm start": replace(warm.tiers[-1], max_length=self.options.target_length)}
+
+    @property
+    def _has_gradient(self) -> bool:
+        return self.model.native.layers is None and self.model.native.logit_scaling is None
+
+    # -- what is reported
+
+    def _rows(
+        self, configs: Mapping[str, LongRopeConfig], documents: Sequence[int], baseline: str
+    ) -> list[dict[str, Any]]:
+        return [row.to_json() for row in tabulate(self.judging, configs, documents, baseline)]
+
+    def _best_seeds(self) -> dict[str, LongRopeConfig]:
+        """The seeds with the lowest losses that are no closed form of the table."""
+        template = single_tier(self.model.native)
+        known = [config.tiers[-1] for config in self._forms.values()]
+        ranked = sorted(self.seed_losses, key=lambda name: self.seed_losses[name])
+        others = [name for name in ranked if self._seeds[name] not in known]
+        return {f"seed {name}": template(self._seeds[name]) for name in others[:SHOWN_SEEDS]}
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.options.algorithm is Algorithm.PRACTICAL and not self._has_gradient:
+            notes.append("no gradient stage: the model scales its logits, or ropes layers apart")
+        if self.options.budget != Budget() and self.searching.is_spent:
+            notes.append("the budget ended the search")
+        return notes
 
     def _with_rule(self, config: LongRopeConfig) -> tuple[LongRopeConfig, list[Any]]:
         """The model's own tiers in front, and the rule that is better, or that was asked for."""
@@ -187,13 +246,13 @@ class SearchRun(Run):
         self, documents: list[Document], texts: Texts, rng: np.random.Generator
     ) -> dict[str, list[int]]:
         """Documents with needles, behind the others; their indices."""
-        wanted: dict[str, tuple[Sequence[Document], int]] = {}
-        if self.options.algorithm is Algorithm.LONGROPE2 and not self.options.ladder:
-            wanted["search"] = (self.split.search, 1)
+        wanted: list[tuple[str, Sequence[Document], int]] = []
+        if self.options.algorithm is Algorithm.LONGROPE2:
+            wanted += [(f"{name}, one key", getattr(self.split, name), 1) for name in SETS]
         if self.options.switch is None and self.options.needle_keys:
-            wanted["validation"] = (self.split.validation, self.options.needle_keys)
+            wanted.append(("validation", self.split.validation, self.options.needle_keys))
         indices: dict[str, list[int]] = {}
-        for name, (haystacks, keys) in wanted.items():
+        for name, haystacks, keys in wanted:
             indices[name] = []
             for haystack in haystacks:
                 indices[name].append(len(documents))
@@ -207,6 +266,6 @@ class SearchRun(Run):
     def _cheap_blocks(self) -> tuple[Span, ...]:
         """A few blocks over the whole target, an eighth of its tokens together at most."""
         length = self.options.target_length
-        size = max(8, min(512, length // (8 * CHEAP_BLOCKS)))
+        size = max(1, min(512, length // (8 * CHEAP_BLOCKS)))
         starts = np.linspace(0, length - size, CHEAP_BLOCKS).round().astype(int)
         return tuple((int(start), int(start) + size) for start in starts)

@@ -14,10 +14,10 @@ import numpy as np
 
 from longrope_export import __version__
 from longrope_export.config import LongRopeConfig
+from longrope_export.errors import OutputError
 from longrope_export.factor_files import write_factors
 from longrope_export.models.model import Model
 from longrope_export.outputs import write_text
-from longrope_export.search.algorithms import Finalist
 from longrope_export.search.documents import Split
 from longrope_export.search.evaluator import Evaluator, Progress
 from longrope_export.search.jobs import Document, Workers
@@ -78,6 +78,8 @@ class Run(ABC):
         self._observe, self._event = observe, Event("reading")
         self.history: list[dict[str, Any]] = []
         self.seed_losses: dict[str, float] = {}
+        if folder.resolve().is_relative_to(model.path.resolve()):
+            raise OutputError(f"-o {folder} lies in the model {model.path}: choose another folder")
         documents = self._prepare(texts, np.random.default_rng(options.seed))
         self.run = RunFolder(folder, self._settings(documents), resume=resume)
         self.workers = make_workers(documents)
@@ -144,10 +146,10 @@ class Run(ABC):
         self._event = replace(self._event, closed_forms=losses)
         self.seed_losses = losses
 
-    def _found(self, finalist: Finalist) -> None:
-        self._event = replace(self._event, best=finalist.loss, origin=finalist.origin)
-        entry = {**_spent(self.searching), "loss": finalist.loss, "origin": finalist.origin}
-        self.history.append(entry)
+    def _found(self, loss: float, origin: str) -> None:
+        self._event = replace(self._event, best=loss, origin=origin)
+        spent = _spent(self.searching)
+        self.history.append({**spent, "phase": self._event.phase, "loss": loss, "origin": origin})
         self._observe(self._event)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOGIT_VALUES = 1 << 24  # of one chunk of logits, 64 MB of float32
 MLP_TOKENS = 4096  # that an MLP computes at once
+PIECE_TOKENS = 1024  # of a block, whose mask is pieces x (prefix + piece)
 KEPT_CACHES = 4  # prefixes held at a time
 GRADIENT_COST = 4  # forward, forward again from the checkpoints, and a backward of about two
 
@@ -30,8 +31,8 @@ class Scorer:
     """A model and the documents of a search.
 
     Memory beside the weights: the hidden states of one document, and for blocks behind a prefix
-    the keys and values of that prefix; nothing grows with length times vocabulary or length
-    squared.
+    the keys and values of KEPT_CACHES prefixes. Nothing grows with length times vocabulary, nor with length
+    squared, but for families with a sliding window, whose masks transformers writes out.
 
     Args:
         path: a Hugging Face folder or a GGUF.
@@ -119,6 +120,8 @@ class Scorer:
         return _score(torch.split(losses, [b - a for a, b in job.blocks], dim=1), len(positions))
 
     def _behind_prefix(self, job: Job, prefix: LongRopeConfig) -> Score:
+        import torch
+
         ids = self._ids(job.document)
         cache = self._prefix(job.document, prefix, job.blocks[-1][0])
         held = prefix.select_tier(cache.get_seq_length())
@@ -126,11 +129,12 @@ class Scorer:
         for first, stop in job.blocks:
             config = _behind(job.config, held, first)
             fork = _fork(cache, first, config)
+            parts = []
             with _definition(self.model, config):
-                hidden = self.model.get_decoder()(
-                    ids[None, first:stop], past_key_values=fork, use_cache=True
-                ).last_hidden_state[0]
-            following = ids[first + 1 : stop + 1]
+                for part in torch.split(ids[None, first:stop], PIECE_TOKENS, dim=1):
+                    output = self.model.get_decoder()(part, past_key_values=fork, use_cache=True)
+                    parts.append(output.last_hidden_state[0])
+            hidden, following = torch.cat(parts), ids[first + 1 : stop + 1]
             losses.append(self._losses(hidden[: len(following)], following))
         return _score(losses, sum(stop - first for first, stop in job.blocks))
 
@@ -161,7 +165,8 @@ class Scorer:
             ids,
             lambda hidden, following: self._losses(hidden, following)[0],
         )
-        _check_finite(loss)
+        for value in (loss, *slopes):
+            _check_finite(value)
         count = len(ids) - 1
         return Score((loss * count,), (count,), (0,), GRADIENT_COST * len(ids), 0.0, slopes)
 

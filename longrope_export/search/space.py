@@ -78,7 +78,8 @@ class SearchSpace:
             "ntk": methods.ntk_factors(speeds, self.ratio),
             "yarn": methods.yarn_factors(speeds, self.ratio, self.window, fast, slow),
         }
-        return {name: self.tier(lambdas) for name, lambdas in forms.items()}
+        start = self.start_tokens[0]
+        return {name: self.tier(lambdas, start) for name, lambdas in forms.items()}
 
     def admits(self, tier: FactorTier) -> bool:
         """Whether an individual keeps to the bounds and its lambda do not fall."""
@@ -88,6 +89,18 @@ class SearchSpace:
         )
         rising = bool((np.diff(lambdas) >= -1e-9).all())
         return bool(within and rising) and tier.num_start_tokens in self.start_tokens
+
+    def clip(self, lambdas: FloatArray) -> FloatArray:
+        """Lambda brought into the bounds and into order."""
+        within = np.clip(lambdas, 1.0, np.asarray(self.highest))
+        return np.asarray(np.maximum.accumulate(within))
+
+    def clip_attention(self, attention: float) -> float:
+        """An attention factor, relative to the model's own, brought into its range."""
+        if self.attention_range is None:
+            return self.attention
+        low, high = self.attention_range
+        return min(max(attention, low), high)
 
     def mutate(self, tier: FactorTier, rng: np.random.Generator, chance: float) -> FactorTier:
         """Each gene is drawn anew with probability `chance`, lambda between its two neighbours.

@@ -8,6 +8,7 @@ before: it takes the same decisions, the budget included, and reaches the same r
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -87,8 +88,13 @@ class RunFolder:
             raise OutputError(f"{self.folder} is not empty: choose a new folder with -o")
         else:
             write_text(settings, json.dumps(self._settings, indent=2) + "\n")
-        good = self._read_log()
         self._file = (self.folder / LOG).open("ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise OutputError(f"{self.folder}: another search is at work in it") from error
+        good = self._read_log()
         self._file.truncate(good)
 
     def _check_settings(self, there: dict[str, Any]) -> None:
@@ -106,12 +112,12 @@ class RunFolder:
         log, good = self.folder / LOG, 0
         lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
         for line in lines:
+            if not line.endswith(b"\n"):
+                break
             try:
                 values = json.loads(line)
                 self.scores[values.pop("key")] = Score.from_json(values)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if not line.endswith(b"\n"):
-                    break
                 raise ConfigError(
                     f"{log}, byte {good}: not a line of a search log: {error!r}"
                 ) from error

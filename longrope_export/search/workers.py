@@ -59,6 +59,7 @@ class LocalWorkers:
             if self._scorer is None:
                 what = "cannot load the model"
                 self._scorer = self._load()
+                what = f"cannot compute job {job.key}"
             return self._scorer.score(job)
         except LongRopeError:
             raise
