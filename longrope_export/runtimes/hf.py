@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,12 +120,24 @@ class HfModel:
 
     def tokenize(self, text: str) -> list[int] | None:
         """By transformers' tokenizer of the folder or the GGUF; None where there is none."""
+        if self.tokenizer is None:
+            return None
+        ids: list[int] = self.tokenizer(text).input_ids
+        return ids
+
+    def detokenize(self, tokens: Tokens) -> str | None:
+        """See Runtime."""
+        if self.tokenizer is None:
+            return None
+        return str(self.tokenizer.decode(list(map(int, tokens)), skip_special_tokens=True))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the folder or the GGUF; None where there is none."""
         try:
-            tokenizer = load_torch_tokenizer(self._path)
+            return load_torch_tokenizer(self._path)
         except ModelError:
             return None
-        ids: list[int] = tokenizer(text).input_ids
-        return ids
 
     def close(self) -> None:
         """Forget the weights."""
