@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from longrope_export.errors import ConfigError, ModelError
 from longrope_export.evaluate.needle import continuation
 from longrope_export.evaluate.scoring import CHUNK, Generation, window_losses
 from longrope_export.gguf_format import read_header
+from longrope_export.models.torch_model import load_torch_tokenizer
 from longrope_export.runtimes.base import Runtime
 from longrope_export.verify.compare import log_softmax
 
@@ -31,7 +33,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self._runtime, self._longest = runtime, longest
 
-    @property
+    @cached_property
     def eot_token_id(self) -> int:
         """The token that stands before a text: the beginning of a text, else its end.
 
@@ -74,8 +76,8 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
                 raise ConfigError(
                     f"a request continues with {len(wanted)} tokens: give --lengths above that"
                 )
-            tokens = (context + wanted)[-self._longest :]
-            sequence = self._runtime.start(declared_length=len(tokens), chunk_size=CHUNK)
+            tokens = (context + wanted)[-self._longest - 1 :]  # the last one is not run
+            sequence = self._runtime.start(declared_length=len(tokens) - 1, chunk_size=CHUNK)
             rows = sequence.append(tokens[:-1], keep=len(wanted)).astype(np.float64)
             if self._runtime.info.log_probabilities is None:
                 rows = log_softmax(rows)
@@ -94,7 +96,10 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
             )
             total = 0.0
             for context, wanted in map(make_disjoint_window, windows):
-                losses = window_losses(self._runtime, context + wanted, len(wanted))
+                tokens = context + wanted
+                losses = window_losses(
+                    self._runtime, tokens, len(wanted), declared_length=len(tokens) - 1
+                )
                 total -= float(losses.values.sum())
             found.append(total)
         return found
@@ -128,14 +133,16 @@ def _begin_token(runtime: Runtime) -> int | None:
     tokens = runtime.tokenize("a"), runtime.tokenize("b")
     if tokens[0] and tokens[1] and tokens[0][0] == tokens[1][0]:
         return tokens[0][0]
-    tokenizer = getattr(runtime, "tokenizer", None)
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name, None) is not None:
-            return int(getattr(tokenizer, name))
     path = runtime.info.path
-    if not isinstance(path, str) and path.is_file():
-        for name in ("bos", "eos"):
-            value = read_header(path).get(f"tokenizer.ggml.{name}_token_id")
-            if isinstance(value, int):
-                return value
-    return None
+    if isinstance(path, str):
+        return None
+    if path.is_file():
+        header = read_header(path)
+        names = (header.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+        return next((value for value in names if isinstance(value, int)), None)
+    try:
+        tokenizer = load_torch_tokenizer(path)
+    except ModelError:
+        return None
+    names = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((value for value in names if value is not None), None)

@@ -36,6 +36,7 @@ def window_losses(
     tokens: Sequence[int],
     count: int,
     *,
+    declared_length: int | None = None,
     step: Callable[[int], None] = lambda tokens: None,
 ) -> Losses:
     """The losses of the last `count` tokens of a window, each given all before it in the window.
@@ -44,12 +45,14 @@ def window_losses(
         runtime: gets the tokens from position 0 on, at most CHUNK in a call.
         tokens: (length,) ids, at least two.
         count: 1 to length - 1: nothing comes before the first token.
+        declared_length: of the sequence, for the rule `sequence`; None for that of the window. The
+            last token is scored and not run.
         step: told how many tokens each call had.
 
     Raises:
         ModelError: a server did not name a token's probability.
     """
-    sequence = runtime.start(declared_length=len(tokens), chunk_size=CHUNK)
+    sequence = runtime.start(declared_length=declared_length or len(tokens), chunk_size=CHUNK)
     are_logits = runtime.info.log_probabilities is None
     first = len(tokens) - 1 - count  # row of the first scored token
     values = []
