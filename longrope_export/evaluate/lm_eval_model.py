@@ -144,5 +144,6 @@ def _begin_token(runtime: Runtime) -> int | None:
         tokenizer = load_torch_tokenizer(path)
     except ModelError:
         return None
-    names = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return next((value for value in names if value is not None), None)
+    if tokenizer.bos_token_id is not None:
+        return int(tokenizer.bos_token_id)
+    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
