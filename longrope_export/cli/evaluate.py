@@ -43,9 +43,11 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--needle", is_flag=True, help="Several keys, and several numbers of one key.")
 @click.option("--depths", default="0,0.25,0.5,0.75,1", show_default=True, help="Of the passkey.")
 @click.option("--trials", type=click.IntRange(min=1), default=1, help="Of each needle task [1].")
-@click.option("--keys", type=click.IntRange(1, 256), default=5, help="Of the multikey task [5].")
 @click.option(
-    "--values", type=click.IntRange(1, 256), default=4, help="Of the multivalue task [4]."
+    "--keys", type=click.IntRange(0, 256), default=5, help="Of the multikey task, or 0 [5]."
+)
+@click.option(
+    "--values", type=click.IntRange(0, 256), default=4, help="Of the multivalue task, or 0 [4]."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the hidden numbers [0].")
 @click.option("--tasks", help="Tasks of lm-eval, as hellaswag_local,my_task.")

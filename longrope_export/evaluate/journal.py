@@ -119,6 +119,10 @@ class Journal:
                     f"{value}: give the same, another -o, or --force to begin anew"
                 )
 
+    def cells(self) -> list[Cell]:
+        """Every finished cell, in the order in which they were finished."""
+        return list(self._done)
+
     def find(self, cell: Cell, identity: str) -> dict[str, Any] | None:
         """The result of a finished cell; None if it is not finished.
 

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 from pathlib import Path
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+_LARGE_BYTES = 4 << 20
+
+
+def give_back_large_blocks() -> None:
+    """Let malloc return blocks of 4 MiB and more to the system as soon as they are freed.
+
+    glibc keeps freed blocks of up to 32 MiB. A cache that is copied to a larger one in every call
+    leaves holes among them, which grew to ten times the cache in a window of 16384 tokens. Other
+    C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 class PeakMemory:

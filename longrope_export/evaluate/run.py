@@ -13,7 +13,7 @@ import numpy as np
 
 from longrope_export.errors import ConfigError, ModelError
 from longrope_export.evaluate.journal import Journal
-from longrope_export.evaluate.memory_use import PeakMemory
+from longrope_export.evaluate.memory_use import PeakMemory, give_back_large_blocks
 from longrope_export.evaluate.needle import (
     KINDS,
     continuation,
@@ -79,6 +79,7 @@ def evaluate(
 
         options_ = options or Options()
         check_tasks(settings.tasks, options_.include_path)
+    give_back_large_blocks()
     session = _Session(texts, settings, options or Options())
     measured = []
     cells = make_cells(settings, [subject.label for subject in subjects], texts)

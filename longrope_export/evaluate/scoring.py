@@ -13,7 +13,7 @@ from longrope_export.runtimes.base import Logits, RunningSequence, Runtime
 from longrope_export.verify.compare import Floats, log_softmax
 
 CHUNK = 256  # tokens of one call: so many rows of logits are held at once
-_BLOCK = 64  # rows that are held in float64
+_BLOCK = 16  # rows that are held in float64
 
 
 @dataclass(frozen=True)

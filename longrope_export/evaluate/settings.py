@@ -44,8 +44,8 @@ class Settings:
         num_stretches: into how many parts a window is cut for perplexity by position.
         depths: of the passkey, each 0 to 1.
         trials: of every needle task at every length (and depth), with other numbers each.
-        num_keys: hidden numbers of `multikey`.
-        num_values: hidden numbers of `multivalue`.
+        num_keys: hidden numbers of `multikey`; 0 leaves it out.
+        num_values: hidden numbers of `multivalue`; 0 leaves it out.
         seed: of the hidden numbers.
         tasks: names for lm-eval.
 
@@ -82,9 +82,14 @@ class Settings:
             raise ConfigError(
                 f"--stride must be 1 to {self.lengths[0]}, the shortest length, got {self.stride}"
             )
-        for name in ("num_stretches", "trials", "num_keys", "num_values"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (
+            ("num_stretches", 1),
+            ("trials", 1),
+            ("num_keys", 0),
+            ("num_values", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.seed < 0:
             raise ConfigError(f"--seed must be 0 or more, got {self.seed}")
         if not all(0 <= depth <= 1 for depth in self.depths) or not self.depths:
@@ -158,5 +163,8 @@ def _cells_of(settings: Settings, model: str, length: int, texts: Sequence[Text]
             for depth in settings.depths:
                 yield Cell(KINDS[0], model, length, haystack, depth=depth, trial=trial)
         if settings.needle:
-            for kind in KINDS[1:]:
-                yield Cell(kind, model, length, haystack, trial=trial)
+            for kind, count in zip(
+                KINDS[1:], (settings.num_keys, settings.num_values), strict=True
+            ):
+                if count:
+                    yield Cell(kind, model, length, haystack, trial=trial)
