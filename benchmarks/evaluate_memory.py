@@ -89,6 +89,9 @@ def main() -> None:
         if model is None:
             model = str(Path(folder) / "toy")
             make_toy(Path(model))
+            text = Path(folder) / "short.txt"  # to it a byte is a token, and all of a text is cut
+            write_help_text(text)
+            text.write_text(text.read_text(encoding="utf-8")[: max(lengths)], encoding="utf-8")
         for length in lengths:
             cell = measure(arguments, model, text, length)
             row = (length, cell["peak_memory_bytes"] / (1 << 20), cell["tokens_per_second"])

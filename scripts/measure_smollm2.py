@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1, help="of the multi-key passkey")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--work", type=Path, default=cache_folder() / "measure-smollm2")
     parser.add_argument("--no-write", action="store_true", help="leave docs/ and README.md alone")
     arguments = parser.parse_args()
@@ -179,7 +180,14 @@ def main() -> None:
     say.last = ""  # type: ignore[attr-defined]
     everything = subjects_of([*VARIANTS, *own])
     with open_journal(work / "cells.jsonl", settings, texts) as journal:
-        evaluate(subjects_of(chosen), texts, settings, journal, options=Options(), say=say)
+        evaluate(
+            subjects_of(chosen),
+            texts,
+            settings,
+            journal,
+            options=Options(arguments.threads),
+            say=say,
+        )
         measured = finished(journal, everything, arguments.tokens)
     used = [s for s in everything if any(cell.model == s.label for cell, _ in measured)]
     results = make_results(used, texts, settings, measured)

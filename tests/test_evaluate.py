@@ -25,7 +25,7 @@ from longrope_export.evaluate.needle import Question, continuation, fit_prompt, 
 from longrope_export.evaluate.perplexity import make_windows, score_text
 from longrope_export.evaluate.results import cells_of, read_results
 from longrope_export.evaluate.run import evaluate, open_journal
-from longrope_export.evaluate.scoring import CHUNK, Generation
+from longrope_export.evaluate.scoring import READ_CHUNK, Generation
 from longrope_export.evaluate.settings import Settings, Text
 from longrope_export.evaluate.subjects import make_subjects
 from longrope_export.factor_files import to_json
@@ -159,7 +159,7 @@ def test_runtimes_agree_and_hold_few_rows(root: Path) -> None:
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
     plain = score_text(HfModel(root / "m"), tokens[:256], 256)
     assert abs(plain.loss / score_text(runtimes[0], tokens[:256], 256).loss - 1) < 1e-6
-    assert max(most) <= CHUNK < 999
+    assert max(most) <= READ_CHUNK < 999
 
 
 def test_factors_change_what_lies_behind_the_first_border(root: Path) -> None:

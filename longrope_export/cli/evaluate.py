@@ -65,7 +65,7 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
     help="Of transformers' models.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Of transformers' models.")
-@click.option("--threads", type=click.IntRange(min=1), help="Of llama.cpp and ONNX Runtime.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of the runtimes.")
 @click.option("--build", is_flag=True, help="Build llama.cpp first where it is missing.")
 @click.option("-o", "--output", type=OUTPUT_PATH, required=True, help="Results to write, JSON.")
 @force_option

@@ -12,7 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from longrope_export.errors import ConfigError, ModelError
 from longrope_export.evaluate.needle import continuation
-from longrope_export.evaluate.scoring import CHUNK, Generation, window_losses
+from longrope_export.evaluate.scoring import READ_CHUNK, Generation, window_losses
 from longrope_export.gguf_format import read_header
 from longrope_export.models.torch_model import load_torch_tokenizer
 from longrope_export.runtimes.base import Runtime
@@ -77,7 +77,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
                     f"a request continues with {len(wanted)} tokens: give --lengths above that"
                 )
             tokens = (context + wanted)[-self._longest - 1 :]  # the last one is not run
-            sequence = self._runtime.start(declared_length=len(tokens) - 1, chunk_size=CHUNK)
+            sequence = self._runtime.start(declared_length=len(tokens) - 1, chunk_size=READ_CHUNK)
             rows = sequence.append(tokens[:-1], keep=len(wanted)).astype(np.float64)
             if self._runtime.info.log_probabilities is None:
                 rows = log_softmax(rows)
@@ -117,7 +117,9 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
             tokens = self._ids(context)[-(self._longest - most) :]
             if most >= self._longest:
                 raise ConfigError(f"this task makes up to {most} tokens: give --lengths above that")
-            sequence = self._runtime.start(declared_length=len(tokens) + most, chunk_size=CHUNK)
+            sequence = self._runtime.start(
+                declared_length=len(tokens) + most, chunk_size=READ_CHUNK
+            )
 
             def ended(text: str, until: list[str] = until) -> bool:
                 return any(word in text for word in until)

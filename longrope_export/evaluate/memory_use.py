@@ -9,11 +9,11 @@ import platform
 from pathlib import Path
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
-_LARGE_BYTES = 4 << 20
+_LARGE_BYTES = 1 << 20
 
 
 def give_back_large_blocks() -> None:
-    """Let malloc return blocks of 4 MiB and more to the system as soon as they are freed.
+    """Let malloc return blocks of 1 MiB and more to the system as soon as they are freed.
 
     glibc keeps freed blocks of up to 32 MiB. A cache that is copied to a larger one in every call
     leaves holes among them, which grew to ten times the cache in a window of 16384 tokens. Other

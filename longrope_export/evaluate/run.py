@@ -21,7 +21,7 @@ from longrope_export.evaluate.needle import (
     make_puzzle,
 )
 from longrope_export.evaluate.perplexity import make_windows, score_text
-from longrope_export.evaluate.scoring import CHUNK, Generation
+from longrope_export.evaluate.scoring import READ_CHUNK, Generation
 from longrope_export.evaluate.settings import (
     LM_EVAL,
     PERPLEXITY,
@@ -41,7 +41,7 @@ class Options:
     """How runtimes are run.
 
     Attributes:
-        threads: of llama.cpp and ONNX Runtime.
+        threads: of the runtime.
         build: compile llama.cpp where it is missing.
         include_path: folder of lm-eval's task files.
         limit: samples of each lm-eval task; None for all.
@@ -228,7 +228,7 @@ class _Session:
             return tokenize(runtime, text)
 
         prompt, _ = fit_prompt(puzzle, self._texts[cell.text], cell.length, ids)
-        sequence = runtime.start(declared_length=cell.length, chunk_size=CHUNK)
+        sequence = runtime.start(declared_length=cell.length, chunk_size=READ_CHUNK)
         generation = Generation(runtime, sequence)
         answers, digits, numbers = [], 0, 0
         for number, question in enumerate(puzzle.questions):

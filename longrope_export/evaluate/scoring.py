@@ -12,7 +12,9 @@ from longrope_export.errors import ModelError
 from longrope_export.runtimes.base import Logits, RunningSequence, Runtime
 from longrope_export.verify.compare import Floats, log_softmax
 
-CHUNK = 256  # tokens of one call: so many rows of logits are held at once
+READ_CHUNK = 512  # tokens of a call: fewer cost time, since transformers repeats the cache in each
+_FIRST_CHUNK = 128  # of a call whose rows are looked at, before their width is known
+_ROW_BYTES = 128 << 20  # of all rows that one call hands out
 _BLOCK = 16  # rows that are held in float64
 
 
@@ -42,7 +44,7 @@ def window_losses(
     """The losses of the last `count` tokens of a window, each given all before it in the window.
 
     Args:
-        runtime: gets the tokens from position 0 on, at most CHUNK in a call.
+        runtime: gets the tokens from position 0 on, at most READ_CHUNK in a call.
         tokens: (length,) ids, at least two.
         count: 1 to length - 1: nothing comes before the first token.
         declared_length: of the sequence, for the rule `sequence`; None for that of the window. The
@@ -52,20 +54,22 @@ def window_losses(
     Raises:
         ModelError: a server did not name a token's probability.
     """
-    sequence = runtime.start(declared_length=declared_length or len(tokens), chunk_size=CHUNK)
+    sequence = runtime.start(declared_length=declared_length or len(tokens), chunk_size=READ_CHUNK)
     are_logits = runtime.info.log_probabilities is None
     first = len(tokens) - 1 - count  # row of the first scored token
     values = []
     seconds = 0.0
-    position = 0
+    position, chunk = 0, _FIRST_CHUNK
     while position < len(tokens) - 1:
-        limit = first if position < first else len(tokens) - 1
-        end = min(position + CHUNK, limit)
-        begun = time.perf_counter()
         scored = position >= first
+        end = (
+            min(position + chunk, len(tokens) - 1) if scored else min(position + READ_CHUNK, first)
+        )
+        begun = time.perf_counter()
         rows = sequence.append(tokens[position:end], keep=None if scored else 1)
         seconds += time.perf_counter() - begun
         if scored:
+            chunk = max(1, min(READ_CHUNK, _ROW_BYTES // rows[0].nbytes))
             values.append(_losses(rows, tokens[position + 1 : end + 1], are_logits))
         step(end - position)
         position = end

@@ -62,10 +62,16 @@ class Subject:
 
         Args:
             context: tokens that have to fit.
+            threads: of the runtime; None for its default.
+            build: compile llama.cpp where it is missing.
 
         Raises:
             LongRopeError: the runtime is not installed, or refuses the export.
         """
+        if threads is not None and self.export.runtime.startswith("transformers"):
+            import torch
+
+            torch.set_num_threads(threads)
         config = self.definition
         if config is not None and not self.bounded:
             config = _reaching(config, context)

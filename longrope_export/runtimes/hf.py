@@ -122,7 +122,7 @@ class HfModel:
         """By transformers' tokenizer of the folder or the GGUF; None where there is none."""
         if self.tokenizer is None:
             return None
-        ids: list[int] = self.tokenizer(text).input_ids
+        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         return ids
 
     def detokenize(self, tokens: Tokens) -> str | None:
