@@ -17,6 +17,7 @@ from longrope_export.models.model import load_model
 from longrope_export.runtimes.base import Runtime
 from longrope_export.runtimes.open import Export, open_runtime
 from longrope_export.verify.certificate import content_hash
+from longrope_export.verify.tokens import vocabulary_size
 
 _ALLOCATES = ("llama.cpp", "llama.cpp-stock")  # for one length; the stock one chooses factors by it
 
@@ -34,6 +35,7 @@ class Subject:
         sha256: of the export, see content_hash; None for a server.
         dtype, device: of transformers' runtimes.
         note: what a reader should know.
+        vocabulary: tokens that a server has to know, where a local model says it.
     """
 
     label: str
@@ -44,6 +46,7 @@ class Subject:
     dtype: str = "float32"
     device: str = "cpu"
     note: str | None = None
+    vocabulary: int | None = None
 
     @property
     def identity(self) -> str:
@@ -79,6 +82,7 @@ class Subject:
             self.export,
             context=context,
             config=config,
+            vocabulary=self.vocabulary,
             threads=threads,
             build=build,
             dtype=self.dtype,
@@ -131,7 +135,11 @@ def make_subjects(
             "source model, a GGUF as transformers=model.gguf"
         )
     _check_labels(subjects)
-    return subjects
+    vocabulary = next(filter(None, map(_vocabulary, exports)), None)
+    return [
+        replace(subject, vocabulary=vocabulary) if subject.export.runtime == "server" else subject
+        for subject in subjects
+    ]
 
 
 def check_lengths(subjects: Sequence[Subject], longest: int) -> None:
@@ -165,6 +173,12 @@ def _subject(export: Export, label: str) -> Subject:
     if not bounded:
         note = f"carries no definition: it is run as it is, trained for {model.window} tokens"
     return Subject(label, export, model.native, bounded, sha256, note=note)
+
+
+def _vocabulary(export: Export) -> int | None:
+    if isinstance(export.path, str) or export.runtime in ("onnxruntime", "genai"):
+        return None
+    return vocabulary_size(load_model(export.path))
 
 
 def _reaching(config: LongRopeConfig, length: int) -> LongRopeConfig:

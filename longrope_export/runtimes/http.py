@@ -220,7 +220,10 @@ class _CompletionsServer:
 
     def __init__(self, client: JsonClient, vocabulary: int | None, named: int | None) -> None:
         if vocabulary is None:
-            raise ModelError(f"{client.url} does not say how many tokens its vocabulary has")
+            raise ModelError(
+                f"{client.url} does not say how many tokens its vocabulary has: name the model that it "
+                "serves, or an export of it, too"
+            )
         self._client, self.vocabulary = client, vocabulary
         models = client.call("/v1/models")
         with client.reading("/v1/models", models):
