@@ -267,12 +267,20 @@ def test_wrong_inputs(root: Path, tmp_path: Path) -> None:
     damaged = json.loads((root / "results.json").read_text())
     del damaged["models"][0]["label"]
     (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+    damaged = json.loads((root / "results.json").read_text())
+    del damaged["cells"][0]["stretches"][0][3], damaged["cells"][1]["digits"]
+    (tmp_path / "cells.json").write_text(json.dumps(damaged))
+    damaged = json.loads((root / "certificate.json").read_text())
+    damaged["exports"][0]["cases"][0]["rows"][0] = ["x", 1, 2, 3]
+    (tmp_path / "rows.json").write_text(json.dumps(damaged))
     (tmp_path / "empty").mkdir()
     for name, said in (
         ("x.json", "its format is 'other'"),
         ("text.json", "cannot be read as JSON"),
         ("list.json", "its format is 'list'"),
         ("damaged.json", "damaged: KeyError('label')"),
+        ("cells.json", "damaged: ValueError"),
+        ("rows.json", "damaged: ValueError"),
         ("empty", "no search run"),
     ):
         result = run(tmp_path, "report", name, "-o", "report.html", code=2)

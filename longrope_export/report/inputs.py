@@ -14,13 +14,17 @@ from longrope_export.definition import FORMAT as FACTORS
 from longrope_export.definition import from_json
 from longrope_export.errors import ModelError
 from longrope_export.evaluate.results import FORMAT as RESULTS
-from longrope_export.evaluate.results import read_results
+from longrope_export.evaluate.results import read_results, tables
 from longrope_export.verify.certificate import FORMAT as CERTIFICATE
 from longrope_export.verify.certificate import read_certificate
+from longrope_export.verify.report import table_rows, title_of
 
 # names under which a search may log how far it is, and how good the best is
 _PROGRESS = ("evaluations", "evaluation", "iteration", "generation", "step")
 _BEST = ("best", "best_loss", "best_fitness", "loss", "fitness", "perplexity")
+
+
+_DAMAGES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def read_inputs(paths: Sequence[Path]) -> ReportInputs:
             if kind == RESULTS:
                 found.results.append((path.name, _checked_results(path)))
             elif kind == CERTIFICATE:
-                found.certificates.append((path.name, read_certificate(path)))
+                found.certificates.append((path.name, _checked_certificate(path)))
             elif kind == FACTORS:
                 values = json.loads(path.read_text(encoding="utf-8"))
                 found.factors.append((path.name, from_json(values, str(path))))
@@ -94,7 +98,7 @@ def read_inputs(paths: Sequence[Path]) -> ReportInputs:
                     f"{path}: expected results of evaluate, a certificate of verify, factors, or the "
                     f"folder of a search run; its format is {kind!r}"
                 )
-        except (KeyError, TypeError, AttributeError) as error:
+        except _DAMAGES as error:
             raise ModelError(f"{path}: damaged: {error!r}") from error
     return found
 
@@ -115,8 +119,27 @@ def _checked_results(path: Path) -> dict[str, Any]:
             from_json(model["config"], str(path))
         str(model["label"]), str(model["path"]), model["runtime"], model["note"]
     for cell in results["cells"]:
-        cell["task"], cell["model"], int(cell["length"])
+        cell["depth"], int(cell["length"])
+        for begin, end, loss, tokens in cell.get("stretches", ()):
+            float(begin), float(end), float(loss), float(tokens)
+    for text in results["texts"]:
+        f"{text['name']} {text['characters']:,}"
+    for name in ("lengths", "stride", "seed"):
+        results["settings"][name]
+    list(tables(results))
     return results
+
+
+def _checked_certificate(path: Path) -> dict[str, Any]:
+    certificate = read_certificate(path)
+    from_json(certificate["config"], str(path))
+    f"{certificate['tokens']['count']:,} {certificate['reference']['path']}"
+    for export in certificate["exports"]:
+        title_of(export), table_rows(export), export["runtime_name"]
+        for case in export["cases"]:
+            for position, _, difference, kl in case["rows"]:
+                float(position), float(difference), float(kl)
+    return certificate
 
 
 def _read_run(folder: Path, found: ReportInputs) -> None:
