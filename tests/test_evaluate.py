@@ -171,6 +171,20 @@ def test_factors_change_what_lies_behind_the_first_border(root: Path) -> None:
     assert abs(with_factors.stretches[-1].loss / without[562:].mean().item() - 1) > 1e-2
 
 
+def test_factors_are_put_on_a_folder_that_we_wrote(root: Path, tmp_path: Path) -> None:
+    """From a GGUF, `safetensors` writes plain RoPE as a definition: no reason to ignore factors."""
+    copy = tmp_path / "copy"
+    shutil.copytree(root / "m", copy)
+    (copy / "longrope.json").write_text(json.dumps(to_json(load_model(root / "m").native)))
+    assert load_model(copy).has_definition and not load_model(copy).is_extended
+    subjects = make_subjects([parse_export(str(copy))], [root / "f.json"])
+    tokens = HfModel(root / "m").tokenize(HELP)[:600]
+    expected = [HfModel(root / "m", config=ladder(root / "m"))]
+    found = [subject.open(600, threads=1, build=False) for subject in subjects]
+    losses = [score_text(runtime, tokens, 600).loss for runtime in (*found, *expected)]
+    assert losses[1] == pytest.approx(losses[2]) and abs(losses[0] - losses[1]) > 1e-3
+
+
 # hidden numbers
 
 

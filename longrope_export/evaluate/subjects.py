@@ -168,7 +168,7 @@ def _subject(export: Export, label: str) -> Subject:
     if export.runtime == "genai":
         return Subject(label, export, None, False, sha256)
     model = load_model(export.path)
-    bounded = model.has_definition or model.has_longrope
+    bounded = model.is_extended
     note = None
     if not bounded:
         note = f"carries no definition: it is run as it is, trained for {model.window} tokens"

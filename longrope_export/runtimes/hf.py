@@ -44,7 +44,7 @@ class HfModel:
         path: the folder or the file.
         flavour: OURS puts the definition onto transformers' class; REMOTE runs the modelling file
             that lies in the folder.
-        config: for OURS: the definition of a model that carries none.
+        config: for OURS: the definition of a model that carries none, or plain RoPE.
         dtype: float32, float16, bfloat16.
         device: as torch names it.
 
@@ -68,7 +68,7 @@ class HfModel:
         source = load_model(path)
         carries = source.has_definition or source.has_longrope
         self.config: LongRopeConfig | None = source.native if carries else None
-        self._used = source.native if carries or config is None else config
+        self._used = source.native if source.is_extended or config is None else config
         model, version = load_torch_model(path, dtype, trust_remote_code=flavour is Flavour.REMOTE)
         self.model = model.to(device)
         if flavour is Flavour.OURS:
