@@ -20,9 +20,12 @@ from tiny_models import add_bpe_tokenizer, make_model
 from longrope_export.cli import main
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ConfigError, ModelError
+from longrope_export.evaluate.results import read_results
+from longrope_export.evaluate.scoring import Generation, window_losses
 from longrope_export.factor_files import to_json
 from longrope_export.hf_runtime import apply_longrope
 from longrope_export.models.model import load_model
+from longrope_export.runtimes.hf import HfModel
 from longrope_export.runtimes.http import HttpModel
 from longrope_export.runtimes.open import Export, parse_export
 from longrope_export.verify.certificate import content_hash
@@ -81,6 +84,8 @@ class Vllm:
             return 200, json.dumps({"data": [model]})
         if path == "/version":
             return 200, json.dumps({"version": "0.0.test"})
+        if path == "/detokenize":
+            return 200, json.dumps({"prompt": self.tokenizer.decode(body["tokens"])})
         if path == "/tokenize":
             return 200, json.dumps({"tokens": self.tokenizer(body["prompt"]).input_ids})
         if path != "/v1/completions":
@@ -355,3 +360,34 @@ def test_the_rows_that_a_server_can_answer(folder: Path) -> None:
         assert set(rows) == own or (case.batch and rows and set(rows) < own)
     causal = replace(config, switch=SwitchPolicy.CAUSAL)
     assert all(of_prefixes(case, causal) == case for case in make_cases(causal, LENGTH))
+
+
+def test_evaluate_on_a_server(server: Vllm, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_text(json.dumps(to_json(two_tiers(folder))))
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    options = ["--factors", tmp_path / "f.json", "--text", tmp_path / "text.txt"]
+    options += ["--lengths", 40, "--tokens", 80, "-o", tmp_path / "r.json"]
+    words = [str(word) for word in ("evaluate", server.url, folder, *options)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    cells = {cell["model"]: cell for cell in read_results(tmp_path / "r.json")["cells"]}
+    there, plain, here = (cells[name] for name in (server.url, "m", "m + f"))
+    assert there["loss"] == pytest.approx(here["loss"], rel=1e-5)
+    assert there["peak_memory_bytes"] is None and plain["loss"] != here["loss"]
+    words = ["evaluate", server.url, *words[5:-1], str(tmp_path / "alone.json")]
+    alone = CliRunner().invoke(main, words)
+    assert alone.exit_code == 2 and "does not say how many tokens" in alone.output
+
+
+def test_a_server_continues_as_the_model_does(server: Vllm, folder: Path) -> None:
+    local = HfModel(folder, config=two_tiers(folder))
+    remote = HttpModel(server.url, vocabulary=VOCABULARY)
+    prompt = local.tokenize(TEXT)[:30]
+    made = [Generation(m, m.start()).answer(prompt, 6, lambda _: False) for m in (local, remote)]
+    assert made[0] == made[1] and made[0][1]
+
+
+def test_a_token_that_a_server_does_not_name_has_no_loss(server: Vllm) -> None:
+    server.max_logprobs = 5
+    with pytest.raises(ModelError, match="names 5 tokens in each row"):
+        window_losses(HttpModel(server.url, vocabulary=VOCABULARY), TOKENS[:20], 19)

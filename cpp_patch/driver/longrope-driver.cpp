@@ -16,8 +16,9 @@
 //   switch file|causal|sequence | length SEQ N | must SEQ N
 //   save FILE | load FILE | save_seq FILE SEQ | load_seq FILE SEQ
 //   tokenize HEX                           of UTF-8 text, as two hexadecimal digits for each byte
+//   detokenize TOKEN...                    without special tokens
 //
-// Prints "vocab TOKENS" at the start, "must 0|1", "tokens ID...", and after each batch, when all that it
+// Prints "vocab TOKENS" at the start, "must 0|1", "tokens ID...", "text HEX", and after each batch, when all that it
 // writes is written, "time MICROSECONDS" on standard output.
 
 #include "ggml-backend.h"
@@ -184,6 +185,27 @@ int main(int argc, char ** argv) {
             printf("tokens");
             for (int i = 0; i < n; ++i) {
                 printf(" %d", ids[i]);
+            }
+            printf("\n");
+            fflush(stdout);
+        } else if (command == "detokenize") {
+            std::vector<llama_token> ids;
+            for (llama_token id; in >> id;) {
+                ids.push_back(id);
+            }
+            std::string text(ids.size() * 16 + 16, 0);
+            const auto  convert = [&] {
+                return llama_detokenize(llama_model_get_vocab(model), ids.data(), ids.size(), text.data(), text.size(),
+                                        /*remove_special=*/true, /*unparse_special=*/false);
+            };
+            int n = convert();
+            if (n < 0) {  // the room that it needs
+                text.resize(-n);
+                n = convert();
+            }
+            printf("text ");
+            for (int i = 0; i < n; ++i) {
+                printf("%02x", (unsigned char) text[i]);
             }
             printf("\n");
             fflush(stdout);

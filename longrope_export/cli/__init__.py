@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "safetensors": ("safetensors", "Write a Hugging Face folder that every engine loads."),
     "onnx": ("onnx", "Write an ONNX folder with the factors in the graph."),
     "verify": ("verify", "Prove that exports compute what the definition says."),
+    "evaluate": ("evaluate", "Measure perplexity, passkeys, needles and tasks, side by side."),
+    "report": ("report", "Make an HTML page, plots or a model card of what was measured."),
     "llama-cpp": ("llama_cpp", "Build and run the pinned llama.cpp."),
     "demo": ("demo", "Take a real 8k model to 32k in llama.cpp, from nothing."),
 }

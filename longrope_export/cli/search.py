@@ -329,15 +329,13 @@ def say_outcome(outcome: Outcome, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from longrope_export.search.tables import HEADER, test_rows
+
     result = outcome.result
-    table = Table("factors", "perplexity", f"nats against {result['baseline']}", "std. errors",
-                  title=f"{len(result['documents']['test'])} test documents")  # fmt: skip
-    for row in result["test"]:
-        against = row["against_baseline"]
-        mean = "" if against is None else f"{against['mean']:+.4f}"
-        error = against and against["error"]
-        certainty = f"{against['mean'] / error:+.1f}" if error else ""
-        table.add_row(row["name"], f"{row['perplexity']:.4f}", mean, certainty)
+    title = f"{len(result['documents']['test'])} test documents, against {result['baseline']}"
+    table = Table(*HEADER, title=title)
+    for row in test_rows(result):
+        table.add_row(*row)
     Console(stderr=True).print(table)
     say(f"chosen: {result['chosen']}, switch {outcome.config.switch}")
     say(f"standard errors are over windows; {result['held_out']}")

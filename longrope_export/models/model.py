@@ -57,6 +57,13 @@ class Model:
     has_definition: bool = False
 
     @property
+    def is_extended(self) -> bool:
+        """It carries factors that change something; a folder that we wrote may hold plain RoPE."""
+        native = self.native
+        plain = len(native.tiers) == 1 and native.tiers[0].is_plain and not native.logit_scaling
+        return (self.has_definition or self.has_longrope) and not plain
+
+    @property
     def window(self) -> int:
         """Longest sequence in tokens that the model handles as it is, its own scaling included."""
         return self.native.max_position_embeddings

@@ -15,6 +15,7 @@ from longrope_export.outputs import replace_when_done
 
 CONVERGENCE = "convergence.png"
 FACTORS = "factors.png"
+SIZE = (8.0, 4.5)  # inches
 
 
 def write_search_plots(
@@ -31,15 +32,24 @@ def write_search_plots(
         ToolError: matplotlib is not installed.
         OutputError: a file cannot be written.
     """
-    pictures = {CONVERGENCE: _convergence(result), FACTORS: _factors(config, forms)}
+    pictures = {CONVERGENCE: draw_convergence(result), FACTORS: _factors(config, forms)}
     for name, figure in pictures.items():
         with replace_when_done(folder / name) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
     return [folder / name for name in pictures]
 
 
-def _convergence(result: Mapping[str, Any]) -> Any:
-    figure, axes = _figure()
+def draw_convergence(result: Mapping[str, Any], size: tuple[float, float] = SIZE) -> Any:
+    """A figure of the best loss over forward tokens, with the best seeds.
+
+    Args:
+        result: what result.json holds.
+        size: inches.
+
+    Raises:
+        ToolError: matplotlib is not installed.
+    """
+    figure, axes = _figure(size)
     history = result["history"]
     phases = list(dict.fromkeys(entry["phase"] for entry in history))
     if phases:
@@ -77,12 +87,12 @@ def _factors(config: LongRopeConfig, forms: Mapping[str, FactorTier]) -> Any:
     return figure
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(size: tuple[float, float] = SIZE) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ToolError(
             "PNG plots need matplotlib: pip install 'longrope-export[plots]'"
         ) from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()

@@ -76,19 +76,29 @@ def write_png(config: LongRopeConfig, output: Path) -> None:
         ToolError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    figure = _figure(config)
+    figure = draw_wavelengths(config)
     with replace_when_done(output) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def _figure(config: LongRopeConfig) -> Any:
+def draw_wavelengths(config: LongRopeConfig, size: tuple[float, float] = (8, 7)) -> Any:
+    """The matplotlib Figure of write_png.
+
+    Args:
+        size: width and height in inches.
+
+    Raises:
+        ToolError: matplotlib is not installed.
+    """
     try:
+        from matplotlib import rcParams
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ToolError(
             "PNG plots need matplotlib: pip install 'longrope-export[plots]'"
         ) from error
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    ink = rcParams["text.color"]
+    figure = Figure(figsize=size, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     pairs = np.arange(config.num_pairs)
     above.plot(pairs, original_wavelengths(config), color="0.6", lw=4, label="plain RoPE")
@@ -100,12 +110,12 @@ def _figure(config: LongRopeConfig) -> Any:
         (config.original_max_position_embeddings, "trained window", "--"),
         (config.max_position_embeddings, "target", ":"),
     ):
-        above.axhline(length, color="black", lw=1, ls=style)
+        above.axhline(length, color=ink, lw=1, ls=style)
         above.annotate(f"{name} {length:,}", (0, length), (0, 3), textcoords="offset points")
     above.set(yscale="log", ylabel="tokens per turn")
     below.set(xlabel="pair (0 turns fastest)", ylabel="rescale factor")
     above.legend(fontsize="small")
     above.set_title(
-        f"rope_theta {config.rope_theta:g}, {len(config.tiers)} tiers, switch {config.switch}"
+        f"rope_theta {config.rope_theta:g}, tiers: {len(config.tiers)}, switch {config.switch}"
     )
     return figure

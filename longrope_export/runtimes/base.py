@@ -35,6 +35,7 @@ class RuntimeInfo:
         float32_angles: it multiplies positions and frequencies in float32, which the definition
             allows; far away that shows in the logits.
         longest: tokens of the longest sequence, where that was fixed before.
+        process_id: of the program that computes, where it is not this one.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RuntimeInfo:
     any_position: bool = True
     float32_angles: bool = False
     longest: int | None = None
+    process_id: int | None = None
 
 
 class RunningSequence(Protocol):
@@ -109,6 +111,10 @@ class Runtime(Protocol):
 
     def tokenize(self, text: str) -> list[int] | None:
         """Token ids by the tokenizer that the export carries; None if it carries none."""
+        ...
+
+    def detokenize(self, tokens: Tokens) -> str | None:
+        """The text of token ids, without special tokens; None without a tokenizer."""
         ...
 
     def close(self) -> None:

@@ -88,6 +88,13 @@ class GenaiModel:
         except Exception:  # genai's own kinds
             return None
 
+    def detokenize(self, tokens: Tokens) -> str | None:
+        """See Runtime."""
+        try:
+            return str(self.genai.Tokenizer(self.model).decode(np.asarray(tokens, np.int32)))
+        except Exception:  # genai's own kinds
+            return None
+
     def close(self) -> None:
         """Forget the model."""
         del self.model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class HfModel:
         path: the folder or the file.
         flavour: OURS puts the definition onto transformers' class; REMOTE runs the modelling file
             that lies in the folder.
-        config: for OURS: the definition of a model that carries none.
+        config: for OURS: the definition of a model that carries none, or plain RoPE.
         dtype: float32, float16, bfloat16.
         device: as torch names it.
 
@@ -67,7 +68,7 @@ class HfModel:
         source = load_model(path)
         carries = source.has_definition or source.has_longrope
         self.config: LongRopeConfig | None = source.native if carries else None
-        self._used = source.native if carries or config is None else config
+        self._used = source.native if source.is_extended or config is None else config
         model, version = load_torch_model(path, dtype, trust_remote_code=flavour is Flavour.REMOTE)
         self.model = model.to(device)
         if flavour is Flavour.OURS:
@@ -119,12 +120,24 @@ class HfModel:
 
     def tokenize(self, text: str) -> list[int] | None:
         """By transformers' tokenizer of the folder or the GGUF; None where there is none."""
+        if self.tokenizer is None:
+            return None
+        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
+        return ids
+
+    def detokenize(self, tokens: Tokens) -> str | None:
+        """See Runtime."""
+        if self.tokenizer is None:
+            return None
+        return str(self.tokenizer.decode(list(map(int, tokens)), skip_special_tokens=True))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the folder or the GGUF; None where there is none."""
         try:
-            tokenizer = load_torch_tokenizer(self._path)
+            return load_torch_tokenizer(self._path)
         except ModelError:
             return None
-        ids: list[int] = tokenizer(text).input_ids
-        return ids
 
     def close(self) -> None:
         """Forget the weights."""

@@ -81,6 +81,10 @@ class HttpModel:
         """By the server's tokenizer; None if it offers none."""
         return self._server.tokenize(text)
 
+    def detokenize(self, tokens: Tokens) -> str | None:
+        """By the server's /detokenize; None if it offers none."""
+        return self._server.detokenize([int(token) for token in tokens])
+
     def close(self) -> None:
         """Nothing: the server goes on."""
 
@@ -129,6 +133,8 @@ class _Server(Protocol):
         ...
 
     def tokenize(self, text: str) -> list[int] | None: ...
+
+    def detokenize(self, tokens: list[int]) -> str | None: ...
 
 
 def _open(client: JsonClient, vocabulary: int | None, named: int | None) -> _Server:
@@ -196,6 +202,11 @@ class _LlamaServer:
         with self._client.reading("/tokenize", answer):
             return [int(token) for token in answer["tokens"]]
 
+    def detokenize(self, tokens: list[int]) -> str:
+        answer = self._client.call("/detokenize", tokens=tokens)
+        with self._client.reading("/detokenize", answer):
+            return str(answer["content"])
+
     def _find_plain_token(self) -> list[int]:
         """The id of a token that is whole characters, in a list; empty if `a` has none."""
         answer = self._client.call("/tokenize", content="a", with_pieces=True)
@@ -209,7 +220,10 @@ class _CompletionsServer:
 
     def __init__(self, client: JsonClient, vocabulary: int | None, named: int | None) -> None:
         if vocabulary is None:
-            raise ModelError(f"{client.url} does not say how many tokens its vocabulary has")
+            raise ModelError(
+                f"{client.url} does not say how many tokens its vocabulary has: name the model that it "
+                "serves, or an export of it, too"
+            )
         self._client, self.vocabulary = client, vocabulary
         models = client.call("/v1/models")
         with client.reading("/v1/models", models):
@@ -262,6 +276,15 @@ class _CompletionsServer:
             return None
         with self._client.reading("/tokenize", answer):
             return [int(token) for token in answer["tokens"]]
+
+    def detokenize(self, tokens: list[int]) -> str | None:
+        """By /detokenize, which vLLM has."""
+        try:
+            answer = self._client.call("/detokenize", model=self._model, tokens=tokens)
+        except RefusedError:
+            return None
+        with self._client.reading("/detokenize", answer):
+            return str(answer["prompt"])
 
     def _id(self, name: str) -> int:
         if not name.startswith(_ID):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,7 @@ class LlamaCppModel:
         )
         libraries = require_binaries(_PROGRAMS, None if patched else _STOCK, build=build)
         self._scratch = tempfile.TemporaryDirectory()
-        output = Path(self._scratch.name) / "logits"
+        self._output = output = Path(self._scratch.name) / "logits"
         output.touch()
         self._errors = (Path(self._scratch.name) / "errors").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
@@ -81,6 +83,7 @@ class LlamaCppModel:
             env={"LD_LIBRARY_PATH": str(libraries), "DYLD_LIBRARY_PATH": str(libraries)},
             text=True,
         )
+        self.info = replace(self.info, process_id=self._process.pid)
         self._logits = output.open("rb")
         self.vocabulary = int(self.ask("vocab")[0])
         context = -(-context // _PADDING) * _PADDING
@@ -120,6 +123,11 @@ class LlamaCppModel:
         self.tell(f"tokenize {text.encode().hex() or '20'}")
         return [int(word) for word in self.ask("tokens")]
 
+    def detokenize(self, tokens: Tokens) -> str:
+        """By the GGUF's own vocabulary."""
+        self.tell(f"detokenize {' '.join(str(int(token)) for token in tokens)}")
+        return bytes.fromhex("".join(self.ask("text"))).decode(errors="replace")
+
     def close(self) -> None:
         """End the program."""
         with contextlib.suppress(OSError):
@@ -136,6 +144,8 @@ class LlamaCppModel:
         self.tell(f"decode {keep}")
         self.ask("time")
         data = self._logits.read(4 * keep * self.vocabulary)
+        # what was read becomes a hole: the program writes on behind it, and the disk stays empty
+        os.truncate(self._output, 0)
         return np.frombuffer(data, np.float32).reshape(keep, self.vocabulary)
 
     def tell(self, line: str) -> None:

@@ -8,6 +8,7 @@ are rotated again (`causal`) or recomputed (`sequence`) when a sequence crosses 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,30 @@ class OnnxModel:
 
     def tokenize(self, text: str) -> list[int] | None:
         """By tokenizer.json in the folder; None if there is none."""
+        return None if self.tokenizer is None else list(self.tokenizer.encode(text).ids)
+
+    def detokenize(self, tokens: Tokens) -> str | None:
+        """See Runtime."""
+        if self.tokenizer is None:
+            return None
+        return str(self.tokenizer.decode(list(map(int, tokens))))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """tokenizers' Tokenizer of tokenizer.json in the folder; None if there is none.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
         from tokenizers import Tokenizer
 
         path = self.folder / "tokenizer.json"
-        return list(Tokenizer.from_file(str(path)).encode(text).ids) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ModelError(f"{path}: damaged tokenizer: {error}") from error
 
     def close(self) -> None:
         """Forget the weights."""

@@ -74,6 +74,8 @@ def open_runtime(
     vocabulary: int | None = None,
     threads: int | None = None,
     build: bool = False,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> Runtime:
     """Load an export.
 
@@ -83,6 +85,7 @@ def open_runtime(
         vocabulary: tokens that a server has to know.
         threads: of llama.cpp and ONNX Runtime.
         build: compile llama.cpp where it is missing.
+        dtype, device: of transformers' runtimes, see HfModel.
 
     Raises:
         LongRopeError: the runtime is not installed, or refuses the export.
@@ -107,9 +110,9 @@ def open_runtime(
         case "genai":
             return GenaiModel(path)
         case "transformers":
-            return HfModel(path, config=config)
+            return HfModel(path, config=config, dtype=dtype, device=device)
         case "transformers-stock":
-            return HfModel(path, flavour=Flavour.STOCK)
+            return HfModel(path, flavour=Flavour.STOCK, dtype=dtype, device=device)
         case "transformers-remote":
-            return HfModel(path, flavour=Flavour.REMOTE)
+            return HfModel(path, flavour=Flavour.REMOTE, dtype=dtype, device=device)
     raise ModelError(f"{export}: no runtime of that name; known are {', '.join(RUNTIMES)}")

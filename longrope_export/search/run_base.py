@@ -23,6 +23,7 @@ from longrope_export.search.evaluator import Evaluator, Progress
 from longrope_export.search.jobs import Document, Workers
 from longrope_export.search.options import Event, Outcome, SearchOptions
 from longrope_export.search.state import RunFolder
+from longrope_export.search.tables import FORMAT
 from longrope_export.verify.certificate import content_hash
 
 RESULT = "result.json"
@@ -106,6 +107,7 @@ class Run(ABC):
     def _finish(self, config: LongRopeConfig, result: Mapping[str, Any]) -> Outcome:
         """Add what every result has, and write both files."""
         whole = {
+            "format": FORMAT,
             **result,
             "seeds": self.seed_losses,
             "history": self.history,

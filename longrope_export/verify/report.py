@@ -101,12 +101,26 @@ def save_plot(certificate: Mapping[str, Any], output: Path) -> None:
         ToolError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
+    figure = draw_differences(certificate)
+    with replace_when_done(output) as temporary:
+        figure.savefig(temporary, dpi=110, format=output.suffix.lstrip(".") or "png")
+
+
+def draw_differences(certificate: Mapping[str, Any], size: tuple[float, float] = (10, 7)) -> Any:
+    """The matplotlib Figure of save_plot.
+
+    Args:
+        size: width and height in inches.
+
+    Raises:
+        ToolError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ToolError("plots need: pip install 'longrope-export[plots]'") from error
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
     for number, export in enumerate(certificate["exports"]):
@@ -130,5 +144,4 @@ def save_plot(certificate: Mapping[str, Any], output: Path) -> None:
     below.set_xlim(-0.02 * largest, 1.02 * largest)
     below.set_xlabel("position of the token; dotted: tier borders")
     above.legend(fontsize=8)
-    with replace_when_done(output) as temporary:
-        figure.savefig(temporary, dpi=110, format=output.suffix.lstrip(".") or "png")
+    return figure

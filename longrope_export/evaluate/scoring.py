@@ -1,0 +1,143 @@
+"""Losses and greedy tokens from the rows of any runtime; never a row for every token at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longrope_export.errors import ModelError
+from longrope_export.runtimes.base import Logits, RunningSequence, Runtime
+from longrope_export.verify.compare import Floats, log_softmax
+
+READ_CHUNK = 512  # tokens of a call: fewer cost time, since transformers repeats the cache in each
+_FIRST_CHUNK = 128  # of a call whose rows are looked at, before their width is known
+_ROW_BYTES = 128 << 20  # of all rows that one call hands out
+_BLOCK = 16  # rows that are held in float64
+
+
+@dataclass(frozen=True)
+class Losses:
+    """-ln p of some tokens.
+
+    Attributes:
+        values: (count,) nats.
+        seconds: that the runtime took; what is done with its rows is not counted.
+        tokens: that the runtime was handed.
+    """
+
+    values: Floats
+    seconds: float
+    tokens: int
+
+
+def window_losses(
+    runtime: Runtime,
+    tokens: Sequence[int],
+    count: int,
+    *,
+    declared_length: int | None = None,
+    step: Callable[[int], None] = lambda tokens: None,
+) -> Losses:
+    """The losses of the last `count` tokens of a window, each given all before it in the window.
+
+    Args:
+        runtime: gets the tokens from position 0 on, at most READ_CHUNK in a call.
+        tokens: (length,) ids, at least two.
+        count: 1 to length - 1: nothing comes before the first token.
+        declared_length: of the sequence, for the rule `sequence`; None for that of the window. The
+            last token is scored and not run.
+        step: told how many tokens each call had.
+
+    Raises:
+        ModelError: a server did not name a token's probability.
+    """
+    sequence = runtime.start(declared_length=declared_length or len(tokens), chunk_size=READ_CHUNK)
+    are_logits = runtime.info.log_probabilities is None
+    first = len(tokens) - 1 - count  # row of the first scored token
+    values = []
+    seconds = 0.0
+    position, chunk = 0, _FIRST_CHUNK
+    while position < len(tokens) - 1:
+        scored = position >= first
+        end = (
+            min(position + chunk, len(tokens) - 1) if scored else min(position + READ_CHUNK, first)
+        )
+        begun = time.perf_counter()
+        rows = sequence.append(tokens[position:end], keep=None if scored else 1)
+        seconds += time.perf_counter() - begun
+        if scored:
+            chunk = max(1, min(READ_CHUNK, _ROW_BYTES // rows[0].nbytes))
+            values.append(_losses(rows, tokens[position + 1 : end + 1], are_logits))
+        step(end - position)
+        position = end
+    found = np.concatenate(values)
+    if np.isnan(found).any() and not are_logits:
+        raise ModelError(
+            f"{runtime.info.path} names {runtime.info.log_probabilities} tokens in each row, and a "
+            "token of the text was not among them: let it name all (vLLM: --max-logprobs -1)"
+        )
+    return Losses(found, seconds, len(tokens) - 1)
+
+
+def _losses(rows: Logits, following: Sequence[int], are_logits: bool) -> Floats:
+    targets = np.asarray(following, np.int64)
+    found = np.empty(len(rows), np.float64)
+    for first in range(0, len(rows), _BLOCK):
+        block = rows[first : first + _BLOCK].astype(np.float64)
+        log_p = log_softmax(block) if are_logits else block
+        inside = targets[first : first + _BLOCK]
+        found[first : first + _BLOCK] = -log_p[np.arange(len(inside)), inside]
+    return found
+
+
+@dataclass
+class Generation:
+    """A sequence that is read and continued greedily, in turn.
+
+    Attributes:
+        sequence: of a runtime.
+        read: tokens that were given to it, and the seconds they took.
+        made: tokens that it made, and the seconds.
+    """
+
+    runtime: Runtime
+    sequence: RunningSequence
+    read: tuple[int, float] = (0, 0.0)
+    made: tuple[int, float] = (0, 0.0)
+    _waiting: int | None = None  # a token that was made and not yet appended
+
+    def answer(
+        self, tokens: Sequence[int], most: int, is_enough: Callable[[str], bool]
+    ) -> tuple[list[int], str]:
+        """Read tokens, then make tokens until their text is enough, the likeliest each time.
+
+        Args:
+            tokens: at least one.
+            most: tokens to make at most, at least one.
+            is_enough: asked after each token.
+
+        Returns:
+            The tokens that were made, and their text.
+
+        Raises:
+            ModelError: the runtime has no tokenizer.
+        """
+        given = [*([] if self._waiting is None else [self._waiting]), *tokens]
+        begun = time.perf_counter()
+        rows = self.sequence.append(given, keep=1)
+        self.read = (self.read[0] + len(given), self.read[1] + time.perf_counter() - begun)
+        made: list[int] = []
+        while True:
+            made.append(int(np.nanargmax(rows[-1])))
+            text = self.runtime.detokenize(made)
+            if text is None:
+                raise ModelError(f"{self.runtime.info.path}: carries no tokenizer to read it with")
+            if len(made) == most or is_enough(text):
+                self._waiting = made[-1]
+                return made, text
+            begun = time.perf_counter()
+            rows = self.sequence.append(made[-1:], keep=1)
+            self.made = (self.made[0] + 1, self.made[1] + time.perf_counter() - begun)

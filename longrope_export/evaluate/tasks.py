@@ -1,0 +1,95 @@
+"""Short tasks through lm-eval (EleutherAI), on any runtime, from task files that the user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope_export.errors import ConfigError, ModelError, UnsupportedError
+from longrope_export.runtimes.base import Runtime
+
+
+def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
+    """Refuse what cannot be run, before anything is.
+
+    Raises:
+        UnsupportedError: lm-eval is not installed.
+        ConfigError: no folder of task files, or no such task in it.
+    """
+    known = _task_manager(include_path).all_tasks
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(
+                f"--tasks {task}: no such task in {include_path}, which has "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+
+
+def run_task(
+    runtime: Runtime,
+    task: str,
+    *,
+    longest: int,
+    include_path: Path | None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run one task.
+
+    Args:
+        longest: tokens of context that are kept, the last ones.
+        include_path: folder with the task's YAML.
+        limit: samples; None for all.
+        seed: of everything that lm-eval draws.
+
+    Returns:
+        {"metrics": name -> number, as lm-eval names them, "samples": how many}.
+
+    Raises:
+        UnsupportedError, ConfigError: as check_tasks.
+        ModelError: lm-eval fails, as where a data set is not on this machine.
+    """
+    manager = _task_manager(include_path)
+    from lm_eval import simple_evaluate
+
+    from longrope_export.evaluate.lm_eval_model import RuntimeLM
+
+    try:
+        found = simple_evaluate(
+            model=RuntimeLM(runtime, longest),
+            tasks=[task],
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (OSError, ValueError, KeyError) as error:  # datasets' own errors are among these
+        raise ModelError(f"lm-eval task {task} failed: {type(error).__name__}: {error}") from error
+    values = found["results"][task]
+    metrics = {
+        name.removesuffix(",none"): float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and "stderr" not in name and "," in name
+    }
+    samples = found.get("n-samples", {}).get(task, {}).get("effective")
+    return {"metrics": metrics, "samples": samples}
+
+
+def _task_manager(include_path: Path | None) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UnsupportedError(
+            f"--tasks needs lm-eval: {error}; pip install 'longrope-export[tasks]'"
+        ) from error
+    if include_path is None:
+        raise ConfigError(
+            "--tasks needs --include-path FOLDER with the YAML files of the tasks; for those that come "
+            "with lm-eval name its own folder, as .../site-packages/lm_eval/tasks/arc"
+        )
+    return TaskManager(include_path=str(include_path), include_defaults=False)

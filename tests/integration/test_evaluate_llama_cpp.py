@@ -1,0 +1,121 @@
+"""evaluate on the patched llama.cpp: the same perplexity and answers as transformers and ONNX."""
+
+from __future__ import annotations
+
+import math
+import pydoc_data.topics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from test_onnx import export
+from test_patched_llama_cpp import BORDERS, Toy
+
+from longrope_export.cli import main
+from longrope_export.errors import ToolError
+from longrope_export.evaluate.perplexity import score_text
+from longrope_export.evaluate.results import cells_of, read_results
+from longrope_export.evaluate.scoring import window_losses
+from longrope_export.factor_files import dump_factors
+from longrope_export.llama_cpp.binaries import require_binaries
+from longrope_export.llama_cpp.perplexity import run_perplexity
+from longrope_export.runtimes.llama_cpp import LlamaCppModel
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("patched")]
+
+HELP = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[:30_000]
+TARGET = BORDERS[-1]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return Toy(tmp_path_factory.mktemp("evaluate"), "llama")
+
+
+@pytest.mark.parametrize("rule", ["causal", "sequence"])
+def test_one_model_in_three_formats(toy: Toy, rule: str, tmp_path: Path) -> None:
+    config = toy.config(rule)
+    (tmp_path / "f.json").write_text(dump_factors(config))
+    (tmp_path / "help.txt").write_text(HELP)
+    onnx = export(toy.folder, config, tmp_path / "onnx")
+    gguf = toy.gguf(config, f"evaluate-{rule}")
+    words = [toy.folder, onnx, gguf, "--factors", tmp_path / "f.json"]
+    words += ["--text", tmp_path / "help.txt", "--lengths", f"230,{TARGET}", "--tokens", 1000]
+    words += ["--passkey", "--depths", "0.5", "--threads", 1, "-o", tmp_path / "r.json"]
+    result = CliRunner().invoke(main, ["evaluate", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    results = read_results(tmp_path / "r.json")
+    plain, ours, *others = [model["label"] for model in results["models"]]
+    assert len(others) == 2
+    for length in (230, TARGET):
+        (expected,) = cells_of(results, "perplexity", ours, length)
+        for label in others:
+            (found,) = cells_of(results, "perplexity", label, length)
+            assert found["tokens_sha256"] == expected["tokens_sha256"]
+            assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
+            for one, other in zip(found["stretches"], expected["stretches"], strict=True):
+                assert one[2] == pytest.approx(other[2], rel=1e-3)
+    (without,) = cells_of(results, "perplexity", plain, TARGET)
+    assert abs(without["loss"] / expected["loss"] - 1) > 2e-3
+    answers = [cells_of(results, "passkey", m, TARGET)[0]["answers"] for m in (ours, *others)]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_length_of_one_window_is_not_written_to_the_disk(toy: Toy) -> None:
+    """Rows go through a file, which stays empty."""
+    model = LlamaCppModel(toy.plain, context=512)
+    tokens = model.tokenize(HELP)[:500]
+    found = window_losses(model, tokens, 499)
+    assert model._output.stat().st_blocks * 512 < 4 * model.vocabulary * 300
+    with torch.no_grad():
+        logits = toy.model(torch.tensor([tokens])).logits[0, :-1]
+    targets = torch.tensor(tokens[1:])
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    np.testing.assert_allclose(found.values, expected.numpy(), atol=2e-4)
+    assert model.detokenize(tokens) == toy_text(toy, tokens)
+    model.close()
+
+
+def toy_text(toy: Toy, tokens: list[int]) -> str:
+    import transformers
+
+    return str(transformers.AutoTokenizer.from_pretrained(toy.folder).decode(tokens))
+
+
+def test_llama_perplexity_says_the_same(toy: Toy, tmp_path: Path) -> None:
+    # the patched program: the stock one loses what it prints where a run takes milliseconds
+    program = require_binaries(("llama-perplexity",), build=True) / "llama-perplexity"
+    context, chunks = 256, 6
+    text = tmp_path / "help.txt"
+    text.write_text(HELP)
+    options = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-b", "256", "--no-warmup")
+    theirs = run_perplexity(
+        program,
+        toy.plain,
+        text,
+        context=context,
+        chunks=chunks,
+        options=options,
+    )
+    model = LlamaCppModel(toy.plain, context=context)
+    tokens = model.tokenize(HELP)
+    second_halves = []
+    for first in range(0, chunks * context, context):
+        window = tokens[first : first + context]
+        second_halves.append(window_losses(model, window, context // 2 - 1).values)
+    same_windows = math.exp(np.concatenate(second_halves).mean())
+    assert same_windows == pytest.approx(theirs.value, rel=1e-3)
+    score = score_text(model, tokens[: chunks * context], context, num_stretches=2)
+    assert math.exp(score.stretches[1].loss) == pytest.approx(theirs.value, rel=1e-2)
+    model.close()
+
+
+def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (tmp_path / "help.txt").write_text(HELP)
+    words = [tmp_path / "bad.gguf", "--text", tmp_path / "help.txt", "-o", tmp_path / "r.json"]
+    result = CliRunner().invoke(main, ["evaluate", *map(str, words)])
+    assert result.exit_code == 2 and "bad.gguf" in result.output
+    assert not isinstance(result.exception, ToolError)
