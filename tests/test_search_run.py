@@ -257,6 +257,12 @@ def test_a_warm_start_is_one_of_the_seeds(folder: Path, texts: Texts, tmp_path: 
     seeds = run.execute().result["seeds"]
     run.close()
     assert {name.split(",")[0] for name in seeds} == {"warm start", "pi", "ntk", "yarn"}
+    # one that is a seed already
+    same = make_config(load_model(folder), "yarn", TARGET)
+    options = replace(OPTIONS, warm_start=same, attention=str(same.tiers[0].attention_factor))
+    run = start(folder, texts, options, tmp_path / "same")
+    assert run.execute().result["test"]
+    run.close()
 
 
 def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: Path) -> None:
@@ -269,7 +275,7 @@ def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: 
         rope_parameters={
             "rope_type": "longrope",
             "rope_theta": 10000.0,
-            "short_factor": list(tier.rescale_factors),
+            "short_factor": [1.0 + pair / 10 for pair in range(len(tier.rescale_factors))],
             "long_factor": list(tier.rescale_factors),
             "attention_factor": tier.attention_factor,
             "original_max_position_embeddings": WINDOW,
@@ -286,6 +292,9 @@ def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: 
             np.asarray(recovered.rescale_factors) <= np.asarray(tier.rescale_factors) + 1e-6
         ).all()
         assert {"long factors", "plain RoPE"} <= {row["name"] for row in result["test"]}
+    assert {row["name"] for row in result["test"]} == {
+        "long factors", "plain RoPE", "the model's own short factors", "result, 64 tokens",
+    }  # fmt: skip
     with pytest.raises(ConfigError, match="expected --target-length 256"):
         start(folder, texts, replace(options, target_length=512), tmp_path / "b", RecoveryRun)
 
