@@ -23,8 +23,11 @@ HOPELESS = 0.15  # nats behind the best on the cheap fitness: such a candidate s
 CLEARLY = 2.0  # standard errors behind the champion at which a challenger leaves a race
 FAR = 0.03  # nats behind after one document, when there is no standard error yet
 GRADIENT_BATCH = 2  # documents per step
-LEARNING_RATE = (0.12, 0.02)  # of the preconditioned ln(factor), first and last step
-ATTENTION_RATE = 0.15  # of that, for ln(attention factor)
+LEARNING_RATE = (
+    0.04,
+    0.004,
+)  # turns at the end of the target by which a pair moves, first and last step
+ATTENTION_RATE = 0.2  # of that, for ln(attention factor)
 
 
 @dataclass(frozen=True)
@@ -144,15 +147,19 @@ class PracticalSearch:
         minimise(loss, np.zeros(len(LOWER)), self.settings.family_evaluations)
 
     def _gradient(self) -> None:
-        """Adam on ln(factor), each pair in units in which its phase moves alike."""
+        """Adam on ln(factor), in units of a pair's turns at the end of the target.
+
+        Where a pair turns often, a small change of its factor moves its phase there by much, and the
+        loss oscillates with it: equal steps in phase keep every pair where its slope still holds.
+        """
         steps = self.settings.gradient_steps
         if not steps:
             return
-        turns = np.asarray(self.space.inv_freq) * self.space.window / (2 * np.pi)
-        weight = np.minimum(1.0, 1.0 / turns)
-        weight[turns > 32] = 0.0  # there the loss only oscillates
-        weight = np.append(weight, ATTENTION_RATE if self.space.attention_range else 0.0)
         start = self.best.tier
+        slowed = np.asarray(self.space.inv_freq) / self.space.lambdas(start)
+        turns = slowed * self.space.length / (2 * np.pi)
+        weight = np.minimum(1.0, 1.0 / turns)
+        weight = np.append(weight, ATTENTION_RATE if self.space.attention_range else 0.0)
         point = np.log(np.append(self.space.lambdas(start), start.attention_factor))
         first, second = np.zeros(len(point)), np.zeros(len(point))
         documents = self.fitness.documents
