@@ -131,6 +131,7 @@ def command(
     make: type[SearchRun] | type[RecoveryRun] = RecoveryRun if options.recover else SearchRun
     with show_progress() as observe:
         run = make(source, encoded, options, output, start, resume=resume, observe=observe)
+        say(run.held_out)
         try:
             outcome = run.execute()
         finally:
@@ -302,8 +303,8 @@ def describe(event: Event) -> str:
     """One line: the phase, the best loss, and the best seeds' beside it."""
     if event.best is None:
         return event.phase
-    line = f"{event.phase}: best {event.best:.4f} nats ({event.origin})"
-    nearest = sorted(event.closed_forms.items(), key=lambda entry: entry[1])[:3]
+    line = f"{event.phase}: {event.best:.4f} nats ({event.origin})"
+    nearest = sorted(event.closed_forms.items(), key=lambda entry: entry[1])[:2]
     return line + "".join(f", {name} {loss:.4f}" for name, loss in nearest)
 
 

@@ -55,6 +55,7 @@ class RecoveryRun(Run):
             split = split_documents(texts.works, length, counts, rng, texts.start)
             self._splits[length] = split, len(documents)
             documents += split.all
+            self.held_out = split.held_out
         return documents
 
     def execute(self) -> Outcome:

@@ -45,13 +45,14 @@ class SearchRun(Run):
         self._ladder = self._ladder_settings()
         counts = (options.num_search_documents, *options.documents[1:])
         self.split = split_documents(texts.works, options.target_length, counts, rng, texts.start)
+        self.held_out = self.split.held_out
         documents = list(self.split.all)
         self._needles = self._add_needles(documents, texts, rng)
         return documents
 
     def execute(self) -> Outcome:
         """See Run."""
-        self._say(f"searching ({self.split.held_out})")
+        self._say("searching")
         candidates = self._search_tier() if self._ladder is None else self._search_ladder()
         self._say("choosing on validation documents")
         # LongRoPE2 is judged by what it searches for: answers to needles
@@ -70,7 +71,7 @@ class SearchRun(Run):
             "test": self._rows(shown, self.indices("test"), baseline),
             "validation": self._rows(configs, validation, baseline),
             "rules": [asdict(rule) for rule in rules],
-            "held_out": self.split.held_out,
+            "held_out": self.held_out,
             "documents": names_of(self.split),
             "notes": self._notes(),
         }

@@ -59,6 +59,9 @@ class Run(ABC):
         resume: go on with a run that is there.
         observe: told of progress.
 
+    Attributes:
+        held_out: how far search, validation and test documents are apart.
+
     Raises:
         ConfigError: texts too short, a target that does not fit, a run with other settings.
         OutputError: the folder holds a run already, or cannot be written.
@@ -79,6 +82,7 @@ class Run(ABC):
         self._observe, self._event = observe, Event("reading")
         self.history: list[dict[str, Any]] = []
         self.seed_losses: dict[str, float] = {}
+        self.held_out = ""
         if folder.resolve().is_relative_to(model.path.resolve()):
             raise OutputError(f"-o {folder} lies in the model {model.path}: choose another folder")
         documents = self._prepare(texts, np.random.default_rng(options.seed))
