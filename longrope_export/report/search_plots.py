@@ -82,6 +82,8 @@ def _factors(config: LongRopeConfig, forms: Mapping[str, FactorTier]) -> Any:
         label += f", {last.num_start_tokens} start tokens"
     axes.plot(pairs, last.rescale_factors, lw=2, color="black", label=label)
     axes.set(yscale="log", xlabel="pair (0 turns fastest)", ylabel="rescale factor")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_title(f"factors for {config.max_position_embeddings:,} tokens")
     axes.legend(fontsize="small")
     return figure
