@@ -11,7 +11,14 @@ from longrope_export.config import FactorTier
 from longrope_export.errors import ConfigError
 from longrope_export.methods import yarn_factors
 from longrope_export.rope import compute_inv_freq
-from longrope_export.search.family import LOWER, UPPER, SmoothFamily, from_coordinates, minimise
+from longrope_export.search.family import (
+    LOWER,
+    STARTS,
+    UPPER,
+    SmoothFamily,
+    from_coordinates,
+    minimise,
+)
 
 SPEEDS = compute_inv_freq(100000.0, 64)
 
@@ -38,7 +45,8 @@ def test_a_member_fits_every_length_and_grows_with_it() -> None:
 
 def test_every_coordinate_within_the_bounds_is_a_member_with_rising_factors() -> None:
     rng = np.random.default_rng(0)
-    for point in rng.uniform(LOWER, UPPER, (200, 5)):
+    for point in [*STARTS, *rng.uniform(LOWER, UPPER, (200, 5))]:
+        assert (np.asarray(point) >= LOWER).all() and (np.asarray(point) <= UPPER).all()
         lambdas = from_coordinates(point).lambdas(SPEEDS, 8192, 65536)
         assert (np.diff(lambdas) >= -1e-9).all()
         assert lambdas[0] >= 1.0

@@ -16,7 +16,7 @@ import numpy as np
 from longrope_export.config import FactorTier
 from longrope_export.rope import FloatArray, yarn_attention_factor
 from longrope_export.search.evaluator import BudgetSpentError, Difference, Fitness
-from longrope_export.search.family import LOWER, from_coordinates, minimise
+from longrope_export.search.family import STARTS, from_coordinates, minimise
 from longrope_export.search.space import SearchSpace, with_start
 
 HOPELESS = 0.15  # nats behind the best on the cheap fitness: such a candidate sees no whole window
@@ -144,7 +144,8 @@ class PracticalSearch:
             return float(losses.mean())
 
         speeds = np.asarray(self.space.inv_freq)
-        minimise(loss, np.zeros(len(LOWER)), self.settings.family_evaluations)
+        start = min(STARTS, key=lambda point: loss(np.asarray(point)))
+        minimise(loss, np.asarray(start), self.settings.family_evaluations)
 
     def _gradient(self) -> None:
         """Adam on ln(factor), in units of a pair's turns at the end of the target.
