@@ -111,7 +111,10 @@ def test_a_dataset_in_a_local_folder_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_keys", [1, 5])
 def test_needles_are_asked_for_at_the_end_and_keep_the_length(num_keys: int) -> None:
     haystack = Document((9, *range(1000, 4000)), name="text")
-    encode = lambda text: list(text.encode())  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
     document = make_needles(haystack, encode, num_keys, np.random.default_rng(0), start=(9,))
     assert len(document.ids) == len(haystack.ids)
     assert document.ids[0] == 9

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from tiny_models import SENTENCES, add_bpe_tokenizer, edit_json, make_model
 
 from longrope_export.cli import main
-from longrope_export.config import FactorTier, SwitchPolicy
+from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ConfigError, LongRopeError, OutputError
 from longrope_export.factor_files import read_factors
 from longrope_export.ladder import make_config
@@ -380,9 +380,7 @@ def test_options_that_would_be_ignored_are_refused() -> None:
         replace(OPTIONS, attention="much")
 
 
-def make_space_config():  # type: ignore[no-untyped-def]
-    from longrope_export.config import LongRopeConfig
-
+def make_space_config() -> LongRopeConfig:
     return LongRopeConfig(10000.0, 16, WINDOW, WINDOW, (FactorTier(WINDOW, (1.0,) * 8),))
 
 

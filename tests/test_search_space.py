@@ -30,6 +30,14 @@ def plain(factors: tuple[float, ...] | None = None, length: int = WINDOW) -> Lon
     return LongRopeConfig(THETA, DIM, WINDOW, length, (tier,))
 
 
+def admits(space: SearchSpace, tier: FactorTier) -> bool:
+    """Whether an individual keeps to the bounds and its lambda do not fall."""
+    lambdas = space.lambdas(tier)
+    within = lambdas.min() >= 1 - 1e-9 and (lambdas <= np.asarray(space.highest) + 1e-9).all()
+    rising = (np.diff(lambdas) >= -1e-9).all()
+    return bool(within and rising and tier.num_start_tokens in space.start_tokens)
+
+
 @pytest.fixture
 def space() -> SearchSpace:
     return make_space(plain(), 8 * WINDOW)
@@ -45,7 +53,7 @@ def test_the_space_is_that_of_the_papers_table_4(space: SearchSpace) -> None:
 def test_seeds_are_pi_ntk_and_yarn_and_keep_to_the_space(space: SearchSpace) -> None:
     seeds = space.seeds()
     assert set(seeds) == {"pi", "ntk", "yarn"}
-    assert all(space.admits(tier) for tier in seeds.values())
+    assert all(admits(space, tier) for tier in seeds.values())
     assert set(seeds["pi"].rescale_factors) == {8.0}
     assert seeds["ntk"].rescale_factors[0] == 1.0
     assert seeds["ntk"].rescale_factors[-1] == pytest.approx(8.0)
@@ -63,8 +71,8 @@ def test_variation_never_leaves_the_space(seed: int, chance: float) -> None:
     for _ in range(3):
         mutant = space.mutate(mutant, rng, chance)
     child = space.cross(mutant, seeds[(seed + 1) % 3], rng)
-    assert space.admits(mutant)
-    assert space.admits(child)
+    assert admits(space, mutant)
+    assert admits(space, child)
     assert 1.0 <= child.attention_factor <= 1.5
 
 
@@ -165,7 +173,7 @@ def test_the_evolution_scores_1344_new_individuals_and_improves(space: SearchSpa
     assert len(generations) == 41
     assert generations == sorted(generations, reverse=True)
     assert best[0][0] < 0.6 * min(score(seeds))
-    assert all(space.admits(tier) for _, tier in best)
+    assert all(admits(space, tier) for _, tier in best)
 
 
 def test_the_same_seed_gives_the_same_search_bit_for_bit(space: SearchSpace) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -17,6 +19,10 @@ from longrope_export.cli.common import (
     share_progress,
 )
 
+if TYPE_CHECKING:
+    from longrope_export.evaluate.settings import Text
+
+N = TypeVar("N", int, float)
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -154,7 +160,7 @@ def command(
     Console().print(*rich_tables(results))
 
 
-def _numbers(option: str, text: str, kind: type) -> tuple:  # type: ignore[type-arg]
+def _numbers(option: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
     from longrope_export.errors import ConfigError
 
     try:
@@ -163,7 +169,7 @@ def _numbers(option: str, text: str, kind: type) -> tuple:  # type: ignore[type-
         raise ConfigError(f"{option} {text}: expected numbers with commas between") from error
 
 
-def _read_texts(paths: tuple[Path, ...]):  # type: ignore[no-untyped-def]
+def _read_texts(paths: tuple[Path, ...]) -> list[Text]:
     """Documents, each by the name of its file, or its path where two are alike."""
     from longrope_export.errors import ConfigError
     from longrope_export.evaluate.settings import Text

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longrope_export import __version__
 from longrope_export.definition import to_json
 from longrope_export.errors import ModelError
 from longrope_export.evaluate.needle import KINDS
 from longrope_export.evaluate.perplexity import perplexity_of
 from longrope_export.evaluate.settings import LM_EVAL, PERPLEXITY, Cell, Settings, Text
 from longrope_export.evaluate.subjects import Subject
+from longrope_export.stamp import stamp
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -41,11 +39,7 @@ def make_results(
         runtimes.setdefault(cell.model, inner.pop("runtime", None))
         cells.append({**asdict(cell), **inner})
     return {
-        "format": FORMAT,
-        "version": VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "tool": f"longrope-export {__version__}",
-        "platform": f"{platform.platform()}, Python {platform.python_version()}",
+        **stamp(FORMAT, VERSION),
         "settings": settings.to_json(),
         "texts": [
             {"name": text.name, "sha256": text.sha256, "characters": len(text.content)}

@@ -35,6 +35,25 @@ class Plot:
     draw: Callable[[], Any]
 
 
+def new_figure(size: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
+    """A matplotlib Figure and its axes, one or a column of them with one x axis.
+
+    Args:
+        size: inches.
+
+    Raises:
+        ToolError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ToolError(
+            "PNG plots need matplotlib: pip install 'longrope-export[plots]'"
+        ) from error
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, 1, sharex=True)
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """A context in which matplotlib draws as the page looks.

@@ -16,7 +16,7 @@ from longrope_export.evaluate.results import (
     pooled_stretches,
 )
 from longrope_export.evaluate.settings import PERPLEXITY
-from longrope_export.report.drawing import COLOURS, Plot
+from longrope_export.report.drawing import COLOURS, Plot, new_figure
 from longrope_export.report.inputs import ReportInputs
 from longrope_export.report.search_plots import draw_convergence
 from longrope_export.report.wavelengths import draw_wavelengths
@@ -65,10 +65,7 @@ def _result_plots(results: Mapping[str, Any], number: int) -> Iterator[Plot]:
 
 
 def _new_figure(height: float = _SIZE[1]) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
-    return figure, figure.subplots()
+    return new_figure((_SIZE[0], height))
 
 
 def _length_axis(axes: Any, lengths: list[int], label: str) -> None:

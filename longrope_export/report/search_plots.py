@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from longrope_export.config import FactorTier, LongRopeConfig
-from longrope_export.errors import ToolError
 from longrope_export.outputs import replace_when_done
+from longrope_export.report.drawing import new_figure
 
 CONVERGENCE = "convergence.png"
 FACTORS = "factors.png"
@@ -49,7 +49,7 @@ def draw_convergence(result: Mapping[str, Any], size: tuple[float, float] = SIZE
     Raises:
         ToolError: matplotlib is not installed.
     """
-    figure, axes = _figure(size)
+    figure, axes = new_figure(size)
     history = result["history"]
     phases = list(dict.fromkeys(entry["phase"] for entry in history))
     if phases:
@@ -71,7 +71,7 @@ def draw_convergence(result: Mapping[str, Any], size: tuple[float, float] = SIZE
 
 
 def _factors(config: LongRopeConfig, forms: Mapping[str, FactorTier]) -> Any:
-    figure, axes = _figure()
+    figure, axes = new_figure(SIZE)
     pairs = np.arange(config.num_pairs)
     for name, tier in forms.items():
         label = f"{name}, attention factor {tier.attention_factor:.3f}"
@@ -87,14 +87,3 @@ def _factors(config: LongRopeConfig, forms: Mapping[str, FactorTier]) -> Any:
     axes.set_title(f"factors for {config.max_position_embeddings:,} tokens")
     axes.legend(fontsize="small")
     return figure
-
-
-def _figure(size: tuple[float, float] = SIZE) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ToolError(
-            "PNG plots need matplotlib: pip install 'longrope-export[plots]'"
-        ) from error
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()

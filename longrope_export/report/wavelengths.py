@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from longrope_export.config import FactorTier, LongRopeConfig
-from longrope_export.errors import ToolError
 from longrope_export.outputs import replace_when_done
+from longrope_export.report.drawing import new_figure
 from longrope_export.rope import FloatArray, compute_inv_freq, compute_wavelengths
 
 MAX_CURVES = 6
@@ -90,16 +90,10 @@ def draw_wavelengths(config: LongRopeConfig, size: tuple[float, float] = (8, 7))
     Raises:
         ToolError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ToolError(
-            "PNG plots need matplotlib: pip install 'longrope-export[plots]'"
-        ) from error
+    figure, (above, below) = new_figure(size, rows=2)
+    from matplotlib import rcParams
+
     ink = rcParams["text.color"]
-    figure = Figure(figsize=size, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
     pairs = np.arange(config.num_pairs)
     above.plot(pairs, original_wavelengths(config), color="0.6", lw=4, label="plain RoPE")
     for tier in shown_tiers(config):

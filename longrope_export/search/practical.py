@@ -23,10 +23,8 @@ HOPELESS = 0.15  # nats behind the best on the cheap fitness: such a candidate s
 CLEARLY = 2.0  # standard errors behind the champion at which a challenger leaves a race
 FAR = 0.03  # nats behind after one document, when there is no standard error yet
 GRADIENT_BATCH = 2  # documents per step
-LEARNING_RATE = (
-    0.04,
-    0.004,
-)  # turns at the end of the target by which a pair moves, first and last step
+# turns at the end of the target by which a pair moves, in the first and the last step
+LEARNING_RATE = (0.04, 0.004)
 ATTENTION_RATE = 0.2  # of that, for ln(attention factor)
 
 

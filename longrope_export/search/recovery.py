@@ -86,7 +86,6 @@ class RecoveryRun(Run):
         seeds = recovery_seeds(space, native)
         template = single_tier(native)
         fitness = Fitness(self.searching, template, indices_of(split, "search", first))
-        has_gradient = native.layers is None and native.logit_scaling is None
         # no smooth family here: it interpolates towards longer text
         finalists = find_finalists(
             options.algorithm,
@@ -99,7 +98,7 @@ class RecoveryRun(Run):
             practical=replace(
                 options.practical,
                 family_evaluations=0,
-                gradient_steps=options.practical.gradient_steps if has_gradient else 0,
+                gradient_steps=options.practical.gradient_steps if self.has_gradient else 0,
             ),
             on_best=lambda finalist: self._found(finalist.loss, finalist.origin),
             on_seeds=self._seeded,

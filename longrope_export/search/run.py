@@ -92,7 +92,7 @@ class SearchRun(Run):
         fitness = Fitness(self.searching, template, documents)
         cheap = Fitness(self.searching, template, documents[:1], self._cheap_blocks())
         practical = options.practical
-        if not self._has_gradient:
+        if not self.has_gradient:
             practical = replace(practical, gradient_steps=0)
         finalists = find_finalists(
             options.algorithm,
@@ -196,10 +196,6 @@ class SearchRun(Run):
             )
         return {"warm start": replace(warm.tiers[-1], max_length=self.options.target_length)}
 
-    @property
-    def _has_gradient(self) -> bool:
-        return self.model.native.layers is None and self.model.native.logit_scaling is None
-
     # -- what is reported
 
     def _rows(
@@ -217,7 +213,7 @@ class SearchRun(Run):
 
     def _notes(self) -> list[str]:
         notes = []
-        if self.options.algorithm is Algorithm.PRACTICAL and not self._has_gradient:
+        if self.options.algorithm is Algorithm.PRACTICAL and not self.has_gradient:
             notes.append("no gradient stage: the model scales its logits, or ropes layers apart")
         if self.options.budget != Budget() and self.searching.is_spent:
             notes.append("the budget ended the search")

@@ -91,6 +91,11 @@ class Run(ABC):
         self.searching = Evaluator(self.workers, self.run, options.budget, self._progress)
         self.judging = Evaluator(self.workers, self.run, None, self._progress)
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether losses can be differentiated by the factors of this model; see gradient.py."""
+        return self.model.native.layers is None and self.model.native.logit_scaling is None
+
     @abstractmethod
     def _prepare(self, texts: Texts, rng: np.random.Generator) -> list[Document]:
         """Check the options against the model, and make all documents."""

@@ -81,15 +81,6 @@ class SearchSpace:
         start = self.start_tokens[0]
         return {name: self.tier(lambdas, start) for name, lambdas in forms.items()}
 
-    def admits(self, tier: FactorTier) -> bool:
-        """Whether an individual keeps to the bounds and its lambda do not fall."""
-        lambdas = self.lambdas(tier)
-        within = lambdas.min() >= 1 - 1e-9 and bool(
-            (lambdas <= np.asarray(self.highest) + 1e-9).all()
-        )
-        rising = bool((np.diff(lambdas) >= -1e-9).all())
-        return bool(within and rising) and tier.num_start_tokens in self.start_tokens
-
     def clip(self, lambdas: FloatArray) -> FloatArray:
         """Lambda brought into the bounds and into order."""
         within = np.clip(lambdas, 1.0, np.asarray(self.highest))

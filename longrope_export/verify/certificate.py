@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longrope_export import __version__
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import LongRopeError, ModelError
 from longrope_export.factor_files import from_json, to_json
 from longrope_export.gguf_format import MAGIC, PADDING_KEY, read_header
 from longrope_export.runtimes.base import Runtime
 from longrope_export.runtimes.open import Export, open_runtime
+from longrope_export.stamp import stamp
 from longrope_export.verify.compare import (
     LOGITS_PER_RADIAN,
     Limit,
@@ -57,11 +55,7 @@ def make_certificate(
         seed: of random tokens; None for those of a text.
     """
     return {
-        "format": FORMAT,
-        "version": VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "tool": f"longrope-export {__version__}",
-        "platform": f"{platform.platform()}, Python {platform.python_version()}",
+        **stamp(FORMAT, VERSION),
         "passed": all(result.passed for result in results),
         "reference": {"path": str(source), "sha256": content_hash(source)},
         "config": to_json(config),
