@@ -128,11 +128,7 @@ def replace_folder_when_done(output: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            if path.is_dir():
-                _fsync_folder(path)
-            elif path.stat().st_nlink == 1:
-                _fsync_file(path)
+        sync_tree(temporary)
         _swap_folders(temporary, output)
         _fsync_folder(output.parent)
     except OSError as error:
@@ -141,6 +137,15 @@ def replace_folder_when_done(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file in a folder that is no hard link of another, and the folders themselves."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            _fsync_folder(path)
+        elif path.stat().st_nlink == 1:
+            _fsync_file(path)
 
 
 def _swap_folders(new: Path, output: Path) -> None:

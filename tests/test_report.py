@@ -289,7 +289,7 @@ def test_wrong_inputs(root: Path, tmp_path: Path) -> None:
         ("damaged.json", "damaged: KeyError('label')"),
         ("cells.json", "damaged: ValueError"),
         ("rows.json", "damaged: ValueError"),
-        ("empty", "no search run"),
+        ("empty", "no search or fine-tune"),
     ):
         result = run(tmp_path, "report", name, "-o", "report.html", code=2)
         assert said in result.output, result.output

@@ -214,7 +214,7 @@ def test_a_second_search_in_the_same_folder_is_refused(
     folder: Path, texts: Texts, tmp_path: Path
 ) -> None:
     run = start(folder, texts, OPTIONS, tmp_path / "run")
-    with pytest.raises(OutputError, match="another search is at work"):
+    with pytest.raises(OutputError, match="another process is at work"):
         start(folder, texts, OPTIONS, tmp_path / "run", resume=True)
     run.close()
     start(folder, texts, OPTIONS, tmp_path / "run", resume=True).close()
@@ -308,7 +308,7 @@ def test_another_model_other_texts_or_options_on_resume_are_refused(
     folder = make_model(tmp_path / "model", dtype="float32", max_position_embeddings=WINDOW)
     place = tmp_path / "run"
     start(folder, texts, OPTIONS, place).close()
-    with pytest.raises(OutputError, match="holds a search already: --resume"):
+    with pytest.raises(OutputError, match="holds a run already: --resume"):
         start(folder, texts, OPTIONS, place)
     with pytest.raises(ConfigError, match="begun with seed = 0, now it is 1"):
         start(folder, texts, replace(OPTIONS, seed=1), place, resume=True)

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError, UnsupportedError
 from longrope_export.ladder import make_config
+from longrope_export.models import token_losses as losses_module
 from longrope_export.models.model import Model, load_model
 from longrope_export.models.torch_model import load_torch_model
-from longrope_export.search import scorer as scorer_module
 from longrope_export.search.jobs import Document, Job
 from longrope_export.search.scorer import Scorer
 from longrope_export.verify.reference import reference_logits
@@ -64,7 +64,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_whole_passes_agree_with_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorer_module, "LOGIT_VALUES", 320 * 50)  # several chunks of logits
+    monkeypatch.setattr(losses_module, "LOGIT_VALUES", 320 * 50)  # several chunks of logits
     for config in (case.one, case.ladder):
         score, expected = case.scorer.score(Job(config, 0)), case.losses(config)
         assert score.mean == pytest.approx(float(expected.mean()), abs=2e-6)

@@ -24,7 +24,7 @@ class Plot:
 
     Attributes:
         name: of a file, without its suffix.
-        section: of the page: wavelengths, search, perplexity, needles, parity.
+        section: of the page: wavelengths, search, training, perplexity, needles, parity.
         title: what it shows.
         draw: makes the matplotlib Figure.
     """

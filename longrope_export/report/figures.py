@@ -17,6 +17,7 @@ from longrope_export.evaluate.results import (
 )
 from longrope_export.evaluate.settings import PERPLEXITY
 from longrope_export.report.drawing import COLOURS, Plot, new_figure
+from longrope_export.report.finetune_plots import draw_training
 from longrope_export.report.inputs import ReportInputs
 from longrope_export.report.search_plots import draw_convergence
 from longrope_export.report.wavelengths import draw_wavelengths
@@ -34,6 +35,9 @@ def make_plots(inputs: ReportInputs) -> list[Plot]:
     for number, run in enumerate(inputs.searches, 1):
         draw = partial(draw_convergence, run.result, (_SIZE[0], 3.0))
         plots.append(Plot(f"search-{number}", "search", f"Search, {run.name}", draw))
+    for number, tuned in enumerate(inputs.finetunes, 1):
+        draw = partial(draw_training, tuned.steps, (_SIZE[0], 4.0))
+        plots.append(Plot(f"training-{number}", "training", f"Loss, {tuned.name}", draw))
     for number, (_, results) in enumerate(inputs.results, 1):
         plots += _result_plots(results, number)
     for number, (name, certificate) in enumerate(inputs.certificates, 1):

@@ -1,4 +1,4 @@
-"""What a report is made of: results, certificates, factors, folders of search runs."""
+"""What a report is made of: results, certificates, factors, folders of searches and fine-tunes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from longrope_export.definition import from_json
 from longrope_export.errors import ModelError
 from longrope_export.evaluate.results import FORMAT as RESULTS
 from longrope_export.evaluate.results import read_results, tables
+from longrope_export.finetune.metrics import Step, read_metrics
+from longrope_export.finetune.tables import FORMAT as FINETUNE_RESULT
+from longrope_export.finetune.tables import rule_rows, words
 from longrope_export.search.tables import FORMAT as SEARCH_RESULT
 from longrope_export.search.tables import test_rows
 from longrope_export.verify.certificate import FORMAT as CERTIFICATE
@@ -36,6 +39,21 @@ class SearchRun:
     result: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class FinetuneRun:
+    """A folder that a fine-tune wrote.
+
+    Attributes:
+        name: of the folder.
+        result: what its result.json says.
+        steps: what its metrics.jsonl holds.
+    """
+
+    name: str
+    result: Mapping[str, Any]
+    steps: Sequence[Step]
+
+
 @dataclass
 class ReportInputs:
     """All that was given, each with a name for headings."""
@@ -44,6 +62,7 @@ class ReportInputs:
     certificates: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     factors: list[tuple[str, LongRopeConfig]] = field(default_factory=list)
     searches: list[SearchRun] = field(default_factory=list)
+    finetunes: list[FinetuneRun] = field(default_factory=list)
 
     def configs(self) -> list[tuple[str, LongRopeConfig]]:
         """Every definition that says something, once: of factors, certificates and models."""
@@ -64,7 +83,7 @@ class ReportInputs:
 
 
 def read_inputs(paths: Sequence[Path]) -> ReportInputs:
-    """Read files, each by what it says it is, and folders of search runs.
+    """Read files, each by what it says it is, and folders of searches and fine-tunes.
 
     Raises:
         ModelError: a path cannot be read, or is nothing that a report knows.
@@ -87,7 +106,7 @@ def read_inputs(paths: Sequence[Path]) -> ReportInputs:
             else:
                 raise ModelError(
                     f"{path}: expected results of evaluate, a certificate of verify, factors, or the "
-                    f"folder of a search run; its format is {kind!r}"
+                    f"folder of a search or a fine-tune; its format is {kind!r}"
                 )
         except _DAMAGES as error:
             raise ModelError(f"{path}: damaged: {error!r}") from error
@@ -134,17 +153,37 @@ def _checked_certificate(path: Path) -> dict[str, Any]:
 
 
 def _read_run(folder: Path, found: ReportInputs) -> None:
-    """factors.json and result.json of a search that has ended."""
+    """factors.json and result.json of a search or a fine-tune that has ended."""
     factors, result = folder / "factors.json", folder / "result.json"
     if not (factors.is_file() and result.is_file()):
         raise ModelError(
-            f"{folder}: no search run that has ended: expected factors.json and result.json in it"
+            f"{folder}: no search or fine-tune that has ended: expected factors.json and "
+            f"result.json in it"
         )
-    if _format_of(result) != SEARCH_RESULT:
-        raise ModelError(f"{result}: expected format {SEARCH_RESULT!r}, got {_format_of(result)!r}")
+    kind = _format_of(result)
+    if kind not in (SEARCH_RESULT, FINETUNE_RESULT):
+        raise ModelError(
+            f"{result}: expected format {SEARCH_RESULT!r} or {FINETUNE_RESULT!r}, got {kind!r}"
+        )
     values = json.loads(factors.read_text(encoding="utf-8"))
-    found.factors.append((folder.resolve().name, from_json(values, str(factors))))
-    found.searches.append(SearchRun(folder.resolve().name, _checked_search(result)))
+    name = folder.resolve().name
+    found.factors.append((name, from_json(values, str(factors))))
+    if kind == SEARCH_RESULT:
+        found.searches.append(SearchRun(name, _checked_search(result)))
+    else:
+        try:
+            found.finetunes.append(
+                FinetuneRun(name, _checked_finetune(result), read_metrics(folder))
+            )
+        except _DAMAGES as error:
+            raise ModelError(f"{result}: damaged: {error!r}") from error
+
+
+def _checked_finetune(path: Path) -> dict[str, Any]:
+    """A fine-tune's result with everything in it that a report looks at."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    words(result), list(rule_rows(result)), str(result["switch"])
+    return result
 
 
 def _checked_search(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from longrope_export.config import LongRopeConfig
 from longrope_export.evaluate.results import tables
+from longrope_export.finetune import tables as finetune_tables
 from longrope_export.report.drawing import Plot, inline_svg
 from longrope_export.report.inputs import ReportInputs
 from longrope_export.report.markup import Html, element, join, table
@@ -46,6 +47,7 @@ def make_sections(inputs: ReportInputs, plots: Sequence[Plot]) -> list[tuple[str
         ("done", "What was done", join([*_done(inputs)])),
         ("factors", "Factors and wavelengths", join([*_factors(inputs), _plots(plots, "wavelengths")])),
         ("search", "Search", join([*_searches(inputs), _plots(plots, "search")])),
+        ("training", "Fine-tuning", join([*_finetunes(inputs), _plots(plots, "training")])),
         ("perplexity", "Perplexity", join([*_tables(inputs, "Perplexity"), _plots(plots, "perplexity")])),
         ("needles", "Hidden numbers", join([*_needle_words(inputs), _plots(plots, "needles")])),
         ("tasks", "Tasks", join([*_tables(inputs, "lm-eval")])),
@@ -173,6 +175,16 @@ def _searches(inputs: ReportInputs) -> Iterator[Html]:
             f"{spent['tokens']:,} forward tokens. Test documents; standard errors are over windows; "
             f"{run.result['held_out']}.",
         )
+
+
+def _finetunes(inputs: ReportInputs) -> Iterator[Html]:
+    for run in inputs.finetunes:
+        yield element("h3", run.name)
+        yield element("p", finetune_tables.words(run.result))
+        rows = list(finetune_tables.rule_rows(run.result))
+        if rows:
+            yield table(finetune_tables.HEADER, rows)
+            yield element("p", f"On text that was not trained on; written: {run.result['switch']}.")
 
 
 def _tables(inputs: ReportInputs, title: str) -> Iterator[Html]:

@@ -104,7 +104,7 @@ def split_documents(
     """
     body = length - len(start)
     shuffled = [works[int(index)] for index in rng.permutation(len(works))]
-    windows = [w for w in (_windows(*work, body, start) for work in shuffled) if w]
+    windows = [w for w in (windows_of(*work, body, start) for work in shuffled) if w]
     if not windows:
         longest = max((len(ids) for _, ids in works), default=0)
         raise ConfigError(
@@ -146,7 +146,8 @@ def _by_work(
     return chosen[0], chosen[1], chosen[2], held_out
 
 
-def _windows(name: str, ids: Sequence[int], body: int, start: Sequence[int]) -> list[Document]:
+def windows_of(name: str, ids: Sequence[int], body: int, start: Sequence[int]) -> list[Document]:
+    """A work cut into documents of `start` and `body` tokens each, side by side."""
     places = range(0, len(ids) - body + 1, body)
     return [
         Document((*start, *ids[place : place + body]), name=f"{name}, from token {place}")

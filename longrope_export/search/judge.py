@@ -108,9 +108,9 @@ def measure_rules(
     documents: Sequence[int],
     needles: Sequence[int],
 ) -> list[RuleRow]:
-    """Both rules on documents and on several-key needles."""
+    """Both rules on documents and on several-key needles; of one tier there is one rule."""
     rows = []
-    for switch in SwitchPolicy:
+    for switch in SwitchPolicy if len(config.tiers) > 1 else (config.switch,):
         under = _computed(replace(config, switch=switch))
         scores = evaluator.scores([Job(under, document) for document in documents])
         found = evaluator.scores([Job(under, document) for document in needles])
@@ -130,6 +130,8 @@ def measure_rules(
 
 def better_rule(rows: Sequence[RuleRow]) -> SwitchPolicy:
     """The rule with the lower loss on texts; within two standard errors, on needles."""
+    if len(rows) == 1:
+        return rows[0].switch
     first, second = rows
     difference = Difference.of(np.asarray(first.losses), np.asarray(second.losses))
     decided = abs(difference.errors) > 2 if len(first.losses) > 1 else difference.mean != 0

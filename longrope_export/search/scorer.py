@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
 from longrope_export.hf_runtime import apply_longrope, remove_longrope
+from longrope_export.models.token_losses import token_losses
 from longrope_export.models.torch_model import load_torch_model
 from longrope_export.search.jobs import Document, Job, Score, essence, spans_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOGIT_VALUES = 1 << 24  # of one chunk of logits, 64 MB of float32
 MLP_TOKENS = 4096  # that an MLP computes at once
 PIECE_TOKENS = 1024  # of a block, whose mask is pieces x (prefix + piece)
 KEPT_CACHES = 4  # prefixes held at a time
@@ -102,7 +102,9 @@ class Scorer:
         spans = spans_of(self.documents[job.document], self.window)
         # the token at position p is predicted by the one before it: its loss belongs to p
         places = [slice(max(a, 1), b) for a, b in spans]
-        losses = [self._losses(hidden[p.start - 1 : p.stop - 1], ids[p]) for p in places]
+        losses = [
+            token_losses(self.model, hidden[p.start - 1 : p.stop - 1], ids[p]) for p in places
+        ]
         return _score(losses, len(ids))
 
     def _skipping(self, job: Job) -> Score:
@@ -116,7 +118,7 @@ class Scorer:
             hidden = self.model.get_decoder()(
                 ids[None, :-1], position_ids=where, attention_mask=mask, use_cache=False
             ).last_hidden_state[0]
-        losses = self._losses(hidden, ids[1:])
+        losses = token_losses(self.model, hidden, ids[1:])
         return _score(torch.split(losses, [b - a for a, b in job.blocks], dim=1), len(positions))
 
     def _behind_prefix(self, job: Job, prefix: LongRopeConfig) -> Score:
@@ -135,7 +137,7 @@ class Scorer:
                     output = self.model.get_decoder()(part, past_key_values=fork, use_cache=True)
                     parts.append(output.last_hidden_state[0])
             hidden, following = torch.cat(parts), ids[first + 1 : stop + 1]
-            losses.append(self._losses(hidden[: len(following)], following))
+            losses.append(token_losses(self.model, hidden[: len(following)], following))
         return _score(losses, sum(stop - first for first, stop in job.blocks))
 
     def _prefix(self, document: int, config: LongRopeConfig, length: int) -> Any:
@@ -163,7 +165,7 @@ class Scorer:
             self.model,
             job.config,
             ids,
-            lambda hidden, following: self._losses(hidden, following)[0],
+            lambda hidden, following: token_losses(self.model, hidden, following)[0],
         )
         for value in (loss, *slopes):
             _check_finite(value)
@@ -176,40 +178,6 @@ class Scorer:
         import torch
 
         return torch.tensor(self.documents[document].ids, device=self.model.device)
-
-    def _losses(self, hidden: Tensor, following: Tensor) -> Tensor:
-        """-ln p of each following token, and whether it was the most probable; (2, n) float32.
-
-        Args:
-            hidden: (n, width) last hidden states.
-            following: (n,) ids.
-        """
-        import torch
-        from torch.utils.checkpoint import checkpoint
-
-        rows = max(1, LOGIT_VALUES // self.model.config.get_text_config().vocab_size)
-        parts = []
-        for part, target in zip(
-            torch.split(hidden, rows), torch.split(following, rows), strict=True
-        ):
-            if torch.is_grad_enabled():
-                parts.append(checkpoint(self._chunk_losses, part, target, use_reentrant=False))
-            else:
-                parts.append(self._chunk_losses(part, target))
-        return torch.cat(parts, dim=1)
-
-    def _chunk_losses(self, hidden: Tensor, following: Tensor) -> Tensor:
-        import torch
-        from torch.nn.functional import cross_entropy
-
-        settings = self.model.config.get_text_config()
-        logits = self.model.get_output_embeddings()(hidden).float()
-        logits = logits / (getattr(settings, "logits_scaling", None) or 1.0)  # granite
-        softcap = getattr(settings, "final_logit_softcapping", None)  # gemma2
-        if softcap:
-            logits = (logits / softcap).tanh() * softcap
-        hits = logits.detach().argmax(-1) == following
-        return torch.stack([cross_entropy(logits, following, reduction="none"), hits.float()])
 
 
 @contextlib.contextmanager

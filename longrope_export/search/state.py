@@ -8,17 +8,15 @@ before: it takes the same decisions, the budget included, and reaches the same r
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from longrope_export.errors import ConfigError, OutputError
-from longrope_export.outputs import write_text
+from longrope_export.run_settings import lock_run, open_settings
 from longrope_export.search.jobs import Score
 
-SETTINGS = "settings.json"
 LOG = "log.jsonl"
 FORMAT = "longrope-search"
 
@@ -43,12 +41,14 @@ class RunFolder:
     def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
         self.folder = folder
         self.scores: dict[str, Score] = {}
-        self._settings = json.loads(json.dumps({"format": FORMAT, **settings}))
+        open_settings(folder, {"format": FORMAT, **settings}, resume=resume)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._open(resume)
+            self._file = (folder / LOG).open("ab", buffering=0)
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {error.strerror}") from error
+        lock_run(self._file, folder)
+        good = self._read_log()
+        self._file.truncate(good)
 
     def add(self, key: str, score: Score) -> None:
         """Log a result; it is on disk when this returns.
@@ -73,40 +73,6 @@ class RunFolder:
         """Close the log."""
         self._file.close()
 
-    def _open(self, resume: bool) -> None:
-        settings = self.folder / SETTINGS
-        if settings.is_file():
-            if not resume:
-                raise OutputError(
-                    f"{self.folder} holds a search already: --resume goes on with it, or choose "
-                    f"another folder with -o"
-                )
-            self._check_settings(json.loads(settings.read_text(encoding="utf-8")))
-        elif resume:
-            raise OutputError(f"{self.folder}: no {SETTINGS} in it, so there is no run to resume")
-        elif any(self.folder.iterdir()):
-            raise OutputError(f"{self.folder} is not empty: choose a new folder with -o")
-        else:
-            write_text(settings, json.dumps(self._settings, indent=2) + "\n")
-        self._file = (self.folder / LOG).open("ab", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise OutputError(f"{self.folder}: another search is at work in it") from error
-        good = self._read_log()
-        self._file.truncate(good)
-
-    def _check_settings(self, there: dict[str, Any]) -> None:
-        before, now = _flat(there), _flat(self._settings)
-        for name in now | before:
-            old, new = before.get(name), now.get(name)
-            if old != new:
-                raise ConfigError(
-                    f"{self.folder}: the run was begun with {name} = {json.dumps(old):.100}, "
-                    f"now it is {json.dumps(new):.100}: give what it was, or start a new run"
-                )
-
     def _read_log(self) -> int:
         """Take over every whole line; returns their bytes, behind which a kill has torn one."""
         log, good = self.folder / LOG, 0
@@ -123,9 +89,3 @@ class RunFolder:
                 ) from error
             good += len(line)
         return good
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Options beside the other settings, so that an error can name one of them."""
-    options = settings.get("options", {})
-    return {**options, **{name: value for name, value in settings.items() if name != "options"}}

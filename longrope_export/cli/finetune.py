@@ -1,0 +1,298 @@
+"""`longrope-export finetune`: train a model under its new factors."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from longrope_export.cli.common import (
+    CONTEXT_SETTINGS,
+    factor_options,
+    given_factors,
+    is_quiet,
+    json_option,
+    model_options,
+    print_json,
+    say,
+)
+
+if TYPE_CHECKING:
+    from longrope_export.config import LongRopeConfig
+    from longrope_export.finetune.run import Event
+    from longrope_export.models.model import Model
+
+LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
+
+
+@click.command(context_settings=CONTEXT_SETTINGS)
+@model_options
+@factor_options
+@click.option("--recipe", default="pose-lora", show_default=True, metavar="NAME|FILE.toml",
+              help="How it is trained; docs/finetune.md lists the shipped ones.")  # fmt: skip
+@click.option("--text", "texts", multiple=True, required=True, metavar="FILE|DIR|dataset:NAME",
+              help="What is learned: .txt, .jsonl, .parquet, texts or chats; repeat it.")  # fmt: skip
+@click.option("--validation-text", "validation_texts", multiple=True,
+              metavar="FILE|DIR|dataset:NAME", help="What is only measured, before and after.")  # fmt: skip
+@click.option("--validation-documents", type=int, default=2, show_default=True,
+              help="Windows of it, each passed four times.")  # fmt: skip
+@click.option("--validation-length", type=int, help="Tokens of such a window [the target].")
+@click.option("--needle-keys", type=int, default=5, show_default=True,
+              help="Keys hidden in as many documents more; 0: none.")  # fmt: skip
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run."
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
+@click.option("--steps", type=int, help="Optimizer steps [the recipe's].")
+@click.option("--epochs", type=float, help="Or passes over the text.")
+@click.option("--batch-size", type=int, help="Rows of one step.")
+@click.option("--learning-rate", type=float, help="Its peak.")
+@click.option("--warmup-steps", type=int, help="Steps in which it rises.")
+@click.option("--schedule", type=click.Choice(["linear", "cosine", "constant_with_warmup"]),
+              help="How it falls.")  # fmt: skip
+@click.option("--weight-decay", type=float, help="Of AdamW.")
+@click.option("--window", type=int, help="Positions that a row spans, in tokens [the target].")
+@click.option("--tokens", type=int, help="Of a row, for the layout pose.")
+@click.option("--chunks", type=int, help="Pieces of such a row.")
+@click.option("--true-places/--any-places", default=None,
+              help="Whether the pieces are taken from where they stand in works of a window.")  # fmt: skip
+@click.option("--layout", type=click.Choice(LAYOUTS), help="Of the rows.")
+@click.option("--short-share", type=float, help="Rows of short documents, for the layout mixed.")
+@click.option("--rule", type=click.Choice(["frozen", "sequence", "causal"]),
+              help="Whose factors a token is trained under.")  # fmt: skip
+@click.option("--lora", "lora_rank", type=int, metavar="RANK", help="Adapters; 0: all weights.")
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None,
+              help="Less memory for a third more work.")  # fmt: skip
+@click.option("--switch", type=click.Choice(["causal", "sequence"]),
+              help="Rule that is written [the better one, measured].")  # fmt: skip
+@click.option("--rows-per-pass", type=int, default=1, show_default=True,
+              help="Rows that a device computes at once.")  # fmt: skip
+@click.option("--save-steps", type=int, default=50, show_default=True, help="Between checkpoints.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
+              show_default=True, help="Of the products of matrices.")  # fmt: skip
+@click.option("--device", help="cpu or cuda [the GPU if there is one].")
+@json_option
+def command(
+    model: str, revision: str | None, local_files_only: bool, factors: Path | None,
+    tiers: tuple[str, ...], recipe: str, texts: tuple[str, ...],
+    validation_texts: tuple[str, ...], validation_documents: int, validation_length: int | None,
+    needle_keys: int, output: Path, resume: bool, switch: str | None, rows_per_pass: int,
+    save_steps: int, seed: int, dtype: str, device: str | None, as_json: bool, **changed: Any,
+) -> None:  # fmt: skip
+    """Train a model under its new factors.
+
+    The folder gets model/, a Hugging Face folder that holds the tuned weights and the factors,
+    factors.json, result.json, metrics.jsonl and loss.png. With --validation-text both rules at a
+    tier border are measured before and after on text that is not trained on, and the better rule
+    is written. A run that was killed goes on with --resume to the same losses.
+
+    \b
+    longrope-export finetune model/ --factors f.json --text books/ -o tuned/
+    longrope-export finetune model/ --factors f.json --recipe longrope-llama2-128k \\
+        --text books/ --validation-text held-out/ -o tuned/
+    longrope-export gguf tuned/model --factors tuned/factors.json -o model.gguf
+    """
+    from longrope_export.config import SwitchPolicy
+    from longrope_export.errors import ConfigError
+    from longrope_export.finetune.metrics import read_metrics
+    from longrope_export.finetune.recipes import load_recipe
+    from longrope_export.finetune.run import FinetuneOptions, check_recipe, finetune
+    from longrope_export.finetune.samples import make_samples
+    from longrope_export.finetune.training import Machine, passes_per_step
+    from longrope_export.models.model import find_model, load_model
+    from longrope_export.models.torch_model import load_torch_tokenizer
+    from longrope_export.texts import read_works
+
+    source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    config = given_factors(factors, tiers, source)
+    if config is None:
+        raise ConfigError("finetune needs --factors or --tier: factors to train under")
+    chosen = load_recipe(recipe).with_values(changed)
+    check_recipe(chosen, config)
+    passes_per_step(chosen.batch_size, rows_per_pass)
+    works = read_works(texts)
+    base = folder_of(source, output, resume=resume)
+    say(f"reading {', '.join(texts)}")
+    samples = make_samples(works, load_torch_tokenizer(base))
+    rows = make_rows(samples, chosen, config, seed)
+    validation = None
+    if validation_texts and validation_documents:
+        validation = read_validation(
+            source, validation_texts, validation_length or config.max_position_embeddings,
+            validation_documents, needle_keys, seed,
+        )  # fmt: skip
+    options = FinetuneOptions(
+        chosen, None if switch is None else SwitchPolicy(switch), seed, hash_of(samples)
+    )
+    machine = Machine(device or best_device(), dtype, rows_per_pass, save_steps)
+    with show_progress() as observe:
+        result = finetune(
+            base, config, rows, options, output, machine, write_tuned,
+            validation=validation, resume=resume, observe=observe,
+        )  # fmt: skip
+    write_plot(read_metrics(output), output)
+    if as_json:
+        print_json(result)
+    if not is_quiet():
+        say_result(result, output)
+
+
+def folder_of(source: Model, output: Path, *, resume: bool) -> Path:
+    """The model as a Hugging Face folder: itself, or what a GGUF is unpacked to, beside the run."""
+    from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
+    from longrope_export.models.model import ModelKind
+
+    if source.kind is ModelKind.HF:
+        return source.path
+    unpacked = output.with_name(output.name + ".source")
+    if not (unpacked.is_dir() and resume):
+        say(f"unpacking {source.path} to {unpacked}")
+        SafetensorsConverter(SafetensorsOptions(dtype="f32", force=True)).convert(
+            source, None, unpacked, lambda count: None
+        )
+    return unpacked
+
+
+def make_rows(samples: list[Any], recipe: Any, config: LongRopeConfig, seed: int) -> Any:
+    """The rows of a recipe.
+
+    Raises:
+        ConfigError: texts that are too short for it.
+    """
+    from longrope_export.finetune.rows import Layout, RowSettings, TrainingRows
+
+    window = recipe.window or config.max_position_embeddings
+    settings = RowSettings(
+        window,
+        Layout(recipe.layout),
+        short_length=config.original_max_position_embeddings,
+        short_share=recipe.short_share,
+        tokens=recipe.tokens or window,
+        chunks=recipe.chunks,
+        true_places=recipe.true_places,
+    )
+    return TrainingRows(samples, settings, seed)
+
+
+def read_validation(
+    source: Model, texts: tuple[str, ...], length: int, count: int, keys: int, seed: int
+) -> Any:
+    """Documents that are measured before and after."""
+    from longrope_export.cli.search import encode_texts
+    from longrope_export.finetune.validation import make_validation
+    from longrope_export.texts import read_texts
+
+    return make_validation(encode_texts(source, read_texts(texts)), length, count, keys, seed)
+
+
+def hash_of(samples: list[Any]) -> str:
+    """Of all tokens and which of them are learned, hex."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.ids.tobytes())
+        digest.update(sample.is_target.tobytes())
+    return digest.hexdigest()
+
+
+def best_device() -> str:
+    from torch import cuda
+
+    return "cuda" if cuda.is_available() else "cpu"
+
+
+def write_tuned(plain: Path, config: LongRopeConfig, output: Path) -> None:
+    """The tuned folder with the definition in it; our modelling file too where stock falls short."""
+    from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
+    from longrope_converters.to_safetensors.notes import stock_losses
+    from longrope_export.models.model import load_model
+
+    tuned = load_model(plain)
+    options = SafetensorsOptions(
+        remote_code=bool(stock_losses(config, tuned)), link=True, force=True
+    )
+    SafetensorsConverter(options).convert(tuned, config, output, lambda count: None)
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Callable[[Event], None]]:
+    """Steps, the loss and what is left, on a terminal; else a line now and then."""
+    if is_quiet():
+        yield lambda event: None
+        return
+    if not sys.stderr.isatty():
+        yield say_seldom
+        return
+    from rich.console import Console
+    from rich.progress import (  # fmt: skip
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=None, loss="")
+
+        def observe(event: Event) -> None:
+            step = event.step
+            if step is None:
+                progress.update(task, description=event.phase, loss=event.progress)
+            else:
+                loss = f"loss {step.loss:.4f}, {step.tokens / step.seconds:,.0f} tokens/s"
+                progress.update(
+                    task, description=event.phase, total=step.steps, completed=step.step, loss=loss
+                )
+
+        yield observe
+
+
+def say_seldom(event: Event) -> None:
+    """For a log: every phase, and every tenth of the steps."""
+    step = event.step
+    if step is None:
+        if not event.progress:
+            say(event.phase)
+    elif step.step % max(1, step.steps // 10) == 0:
+        say(f"step {step.step} of {step.steps}: loss {step.loss:.4f}, {step.seconds:.1f} s")
+
+
+def write_plot(steps: list[Any], folder: Path) -> None:
+    """loss.png, or a word why there is none."""
+    from longrope_export.errors import ToolError
+    from longrope_export.report.finetune_plots import write_training_plot
+
+    try:
+        write_training_plot(steps, folder)
+    except ToolError as error:
+        say(f"no plot: {error}")
+
+
+def say_result(result: dict[str, Any], folder: Path) -> None:
+    """What was trained, what it gave, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from longrope_export.finetune.tables import HEADER, rule_rows, words
+
+    say(words(result))
+    rows = list(rule_rows(result))
+    if rows:
+        title = f"{len(result['validation'])} windows of {result['validation_length']:,} tokens"
+        table = Table(*HEADER, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console(stderr=True).print(table)
+    say(f"switch {result['switch']}; {folder}/model and {folder}/factors.json")
+    say(f"next: longrope-export gguf {folder}/model --factors {folder}/factors.json")

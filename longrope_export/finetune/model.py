@@ -1,0 +1,153 @@
+"""A model made ready for training: factors put on, adapters added, the loss chunked; and saved again."""
+
+from __future__ import annotations
+
+import shutil
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrope_export.config import LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ModelError, UnsupportedError
+from longrope_export.finetune.recipes import Recipe, Rule
+from longrope_export.hf_runtime import LongRopeRuntime, apply_longrope, remove_longrope
+from longrope_export.models.token_losses import IGNORED, token_losses
+from longrope_export.models.torch_model import load_torch_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json")
+
+
+class TrainingModel:
+    """A model of transformers under a config, whose forward gives a loss and no logits.
+
+    Args:
+        path: a Hugging Face folder.
+        config: the definition; under Rule.FROZEN its last tier computes everything.
+        recipe: what is tuned, and under which rule.
+        seed: of the adapters' first values.
+        device: as torch names it.
+
+    Attributes:
+        model: what the trainer gets; with adapters a PeftModel.
+        runtime: the definition at work, frozen or not.
+
+    Raises:
+        UnsupportedError: torch, transformers or peft is not installed; the config does not fit.
+        ModelError: transformers cannot load it.
+    """
+
+    def __init__(
+        self, path: Path, config: LongRopeConfig, recipe: Recipe, seed: int, device: str = "cpu"
+    ) -> None:
+        import torch
+
+        causal_lm, _ = load_torch_model(path, "float32")
+        self.model = causal_lm.to(device).train()
+        self._stored_dtype = stored_dtype(path)
+        switch = SwitchPolicy.CAUSAL if recipe.rule is Rule.CAUSAL else SwitchPolicy.SEQUENCE
+        self.runtime: LongRopeRuntime = apply_longrope(self.model, replace(config, switch=switch))
+        if recipe.rule is Rule.FROZEN:
+            self.runtime.freeze(-1)
+        causal_lm.forward = types.MethodType(_loss_forward, causal_lm)
+        causal_lm.config.use_cache = False
+        self._causal_lm = causal_lm
+        if recipe.lora_rank:
+            torch.manual_seed(seed)
+            self.model = _with_adapters(causal_lm, recipe)
+
+    def save(self, source: Path, folder: Path) -> None:
+        """Write a plain Hugging Face folder, adapters merged, in the dtype that the source is stored in.
+
+        Afterwards the model is no longer fit for training.
+
+        Args:
+            source: the folder that it was loaded from; tokenizer and all other small files are
+                copied from it.
+            folder: made if needed.
+        """
+        if self.model is not self._causal_lm:
+            self.model = self.model.merge_and_unload()
+        del self._causal_lm.forward
+        remove_longrope(self._causal_lm)
+        self._causal_lm.config.use_cache = True
+        self._causal_lm.to(self._stored_dtype).save_pretrained(folder)
+        for file in sorted(source.iterdir()):
+            is_weight = file.name.endswith(WEIGHT_FILES)
+            if file.is_file() and not is_weight and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+
+
+def stored_dtype(path: Path) -> Any:
+    """torch's dtype of the weights in a folder; float32 where its config names none."""
+    import torch
+    from transformers import AutoConfig
+
+    named = AutoConfig.from_pretrained(path).get_text_config().dtype
+    return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def _loss_forward(
+    self: Any,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    shift_labels: Tensor,
+    attention_mask: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    labels: Tensor | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """In place of a causal language model's forward.
+
+    Args:
+        input_ids, position_ids: (rows, n).
+        shift_labels: (rows, n) the token that follows each place; IGNORED for none.
+        num_items_in_batch: targets of the whole step, over which the loss is a mean; None for this
+            batch's own.
+        labels: not used; the trainer counts by it.
+
+    Returns:
+        loss, a scalar.
+    """
+    hidden = self.get_decoder()(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+    ).last_hidden_state
+    losses = token_losses(self, hidden.flatten(0, 1), shift_labels.flatten())[0]
+    count = num_items_in_batch
+    if count is None:
+        count = shift_labels.ne(IGNORED).sum()
+    return {"loss": losses.sum() / max(int(count), 1)}
+
+
+def _with_adapters(model: Any, recipe: Recipe) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UnsupportedError(
+            f"adapters need peft: {error}; pip install 'longrope-export[finetune]'"
+        ) from error
+    whole = []
+    if recipe.embeddings_and_norms:
+        names = [name for name, _ in model.named_modules()]
+        whole = sorted({name.split(".")[-1] for name in names if "norm" in name.split(".")[-1]})
+        whole.append("embed_tokens")
+    settings = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha or 2 * recipe.lora_rank,
+        target_modules="all-linear",
+        modules_to_save=whole or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise ModelError(f"peft cannot add adapters to {type(model).__name__}: {error}") from error
+    # with checkpointing, gradients reach the adapters of the first layers only through the inputs
+    adapted.enable_input_require_grads()
+    return adapted

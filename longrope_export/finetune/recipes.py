@@ -1,0 +1,189 @@
+"""Recipes: how a published fine-tune was done, as data. The shipped ones lie in recipes/*.toml."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from longrope_export.errors import ConfigError
+
+
+_WHOLE = {
+    "window": 2, "tokens": 2, "steps": 1, "batch_size": 1, "warmup_steps": 0, "chunks": 1,
+    "lora_rank": 0, "lora_alpha": 1,
+}  # fmt: skip
+# whether 0 itself is left out
+_REAL = {
+    "epochs": True, "learning_rate": True, "short_share": False, "weight_decay": False,
+    "max_grad_norm": False,
+}  # fmt: skip
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes after the warm-up, by the names of transformers."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant_with_warmup"
+
+
+class Rule(StrEnum):
+    """Under which factors a training token is computed.
+
+    FROZEN: the last tier's, whatever its position; what the papers do, and all that a
+        sequence-parallel shard can do.
+    SEQUENCE: those of the tier that its document's length picks; LongRoPE2's mixed windows.
+    CAUSAL: those of the tier of its own position.
+    """
+
+    FROZEN = "frozen"
+    SEQUENCE = "sequence"
+    CAUSAL = "causal"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One fine-tune.
+
+    Attributes:
+        name: of the file, without its suffix.
+        source: where the numbers come from.
+        reproduces: what the authors reached with it, in words.
+        window: positions that a row of training spans, tokens; None for the factors' target.
+        tokens: of a row under the layout pose; None for all of the window.
+        steps: optimizer steps; None for `epochs` passes over the data.
+        batch_size: rows of one step, over all devices and accumulated passes.
+        learning_rate: its peak.
+        warmup_steps: rising linearly from 0.
+        betas: of AdamW.
+        max_grad_norm: the gradient is scaled down to it; 0 for never.
+        layout: of the rows, see rows.Layout.
+        chunks: pieces of a row under pose.
+        true_places: under pose, whether pieces are taken from where they stand in a long work.
+        short_share: of the rows under mixed that hold short documents.
+        rule: see Rule.
+        lora_rank: of adapters on every linear layer; 0 tunes all weights.
+        lora_alpha: adapters are scaled by alpha / rank; None for twice the rank.
+        embeddings_and_norms: with adapters, also tune these whole (LongLoRA, arXiv 2309.12307).
+        gradient_checkpointing: keep only each layer's input for the backward pass.
+    """
+
+    name: str
+    source: str
+    reproduces: str
+    window: int | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    learning_rate: float = 2e-5
+    schedule: Schedule = Schedule.LINEAR
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    layout: str = "packed"
+    chunks: int = 2
+    true_places: bool = False
+    short_share: float = 0.3
+    rule: Rule = Rule.FROZEN
+    lora_rank: int = 0
+    lora_alpha: int | None = None
+    embeddings_and_norms: bool = False
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", self._choice("schedule", Schedule))
+        object.__setattr__(self, "rule", self._choice("rule", Rule))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if (self.steps is None) == (self.epochs is None):
+            raise self._error("give steps or epochs, one of them")
+        for field, least in _WHOLE.items():
+            value = getattr(self, field)
+            if value is not None and (type(value) is not int or value < least):
+                raise self._error(f"{field} is {value!r}, expected a whole number from {least} on")
+        for field, above in _REAL.items():
+            value = getattr(self, field)
+            is_number = isinstance(value, float | int) and math.isfinite(value)
+            if value is not None and not (is_number and (value > 0 if above else value >= 0)):
+                raise self._error(f"{field} is {value!r}, expected a number {'above' if above else 'from'} 0")  # fmt: skip
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise self._error(f"betas are {list(self.betas)}, expected two numbers in [0, 1)")
+        if self.embeddings_and_norms and not self.lora_rank:
+            raise self._error("embeddings_and_norms belongs to adapters; without all is tuned")
+
+    def _error(self, words: str) -> ConfigError:
+        return ConfigError(f"recipe {self.name}: {words}")
+
+    def _choice(self, field: str, kind: type[StrEnum]) -> StrEnum:
+        value = getattr(self, field)
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise self._error(f"{field} is {value!r}, expected one of {', '.join(kind)}") from error
+
+    def with_values(self, values: Mapping[str, Any]) -> Recipe:
+        """This recipe with some values changed; steps given take the place of epochs.
+
+        Raises:
+            ConfigError: a value that is none.
+        """
+        changed = {name: value for name, value in values.items() if value is not None}
+        if "steps" in changed:
+            changed["epochs"] = None
+        elif "epochs" in changed:
+            changed["steps"] = None
+        return dataclasses.replace(self, **changed)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self) | {"betas": list(self.betas)}
+
+
+def recipe_names() -> list[str]:
+    """The shipped ones."""
+    folder = resources.files("longrope_export.finetune") / "recipes"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))  # fmt: skip
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by its name, or one's own by the path of its TOML file.
+
+    Raises:
+        ConfigError: there is none; it is no TOML; a key that no recipe has, or a value that is none.
+    """
+    if name in recipe_names():
+        text = (resources.files("longrope_export.finetune") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")  # fmt: skip
+        return _parse(name, text)
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"--recipe {name}: no such file, and none of {', '.join(recipe_names())}")
+    try:
+        return _parse(path.stem, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--recipe {name}: cannot be read: {error}") from error
+
+
+def _parse(name: str, text: str) -> Recipe:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name}: not TOML: {error}") from error
+    known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"recipe {name}: unknown key {key}{hint}")
+    try:
+        return Recipe(name=name, **values)
+    except TypeError as error:
+        raise ConfigError(f"recipe {name}: {error}; source and reproduces have to be there") from error  # fmt: skip

@@ -1,0 +1,250 @@
+"""One fine-tune in one folder: measured before, trained, measured after, written with its factors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrope_export import __version__
+from longrope_export.config import LongRopeConfig, SwitchPolicy
+from longrope_export.definition import to_json
+from longrope_export.errors import ConfigError, OutputError
+from longrope_export.evaluate.memory_use import PeakMemory
+from longrope_export.factor_files import write_factors
+from longrope_export.finetune.metrics import Step
+from longrope_export.finetune.recipes import Recipe, Rule
+from longrope_export.finetune.tables import FORMAT
+from longrope_export.finetune.training import CHECKPOINTS, Machine, train
+from longrope_export.finetune.validation import Validation, measure, summarize
+from longrope_export.outputs import replace_folder_when_done, write_text
+from longrope_export.search.judge import better_rule
+from longrope_export.run_settings import SETTINGS, lock_run, open_settings
+from longrope_export.stamp import stamp
+from longrope_export.verify.certificate import content_hash
+
+if TYPE_CHECKING:
+    from longrope_export.finetune.rows import TrainingRows
+
+RESULT = "result.json"
+FACTORS = "factors.json"
+MODEL = "model"
+PLAIN = "weights"  # the tuned weights, before the definition is written into their folder
+PAD_ID = 0  # what fills a batch is never looked at
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an observer is told.
+
+    Attributes:
+        phase: what is being done.
+        progress: how far, in words.
+        step: of the training, once it has been computed.
+    """
+
+    phase: str
+    progress: str = ""
+    step: Step | None = None
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What a fine-tune depends on, beside model, factors and texts.
+
+    Attributes:
+        recipe: with the values that were changed.
+        switch: the rule that is written; None for the better one, measured after training, or the
+            factors' own where nothing is measured.
+        seed: of the rows and of the adapters' first values.
+        texts: a hash of all tokens.
+    """
+
+    recipe: Recipe
+    switch: SwitchPolicy | None
+    seed: int
+    texts: str
+
+    def to_json(self) -> dict[str, Any]:
+        switch = None if self.switch is None else self.switch.value
+        return {
+            **self.recipe.to_json(),
+            "switch": switch,
+            "seed": self.seed,
+            "texts_sha256": self.texts,
+        }
+
+
+def finetune(
+    base: Path,
+    config: LongRopeConfig,
+    rows: TrainingRows,
+    options: FinetuneOptions,
+    folder: Path,
+    machine: Machine,
+    write_model: Callable[[Path, LongRopeConfig, Path], None],
+    *,
+    validation: Validation | None = None,
+    resume: bool = False,
+    observe: Callable[[Event], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Fine-tune a model under one config.
+
+    Args:
+        base: a Hugging Face folder.
+        config: the factors; the recipe's rule says which tiers are trained.
+        folder: gets model/, factors.json, result.json and metrics.jsonl.
+        write_model: (plain folder, config, output): writes the folder that carries the definition.
+        validation: documents that are measured before and after; None for none.
+        resume: go on with the run that is there; one that is done gives its result again.
+
+    Returns:
+        What result.json holds.
+
+    Raises:
+        ConfigError: a run with other settings, a recipe that asks for more than the factors reach.
+        OutputError: the folder holds a run already, another process works in it, a full disk.
+        ModelError: the loss is not a finite number.
+        UnsupportedError: a package is missing.
+    """
+    recipe = options.recipe
+    check_recipe(recipe, config)
+    if folder.resolve().is_relative_to(base.resolve()):
+        raise OutputError(f"-o {folder} lies in the model {base}: choose another folder")
+    settings = {
+        "format": FORMAT,
+        "tool": f"longrope-export {__version__}",
+        "model_sha256": content_hash(base),
+        "factors": {**to_json(config), "provenance": None},
+        "options": options.to_json() | {"dtype": machine.dtype},
+    }
+    open_settings(folder, settings, resume=resume)
+    with (folder / SETTINGS).open() as held:
+        lock_run(held, folder)
+        if (folder / RESULT).is_file():
+            done: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            return done
+        work = _Work(base, config, rows, options, folder, machine, validation, observe)
+        return work.run(write_model)
+
+
+def check_recipe(recipe: Recipe, config: LongRopeConfig) -> None:
+    """Refuse rows that reach beyond the factors, and mixed windows without a short tier.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    window, target = recipe.window or config.max_position_embeddings, config.max_position_embeddings
+    if window > target:
+        raise ConfigError(
+            f"recipe {recipe.name}: its rows have {window} positions, the factors reach {target}: "
+            f"make factors for {window}, or give --window {target}"
+        )
+    if recipe.rule is not Rule.FROZEN and len(config.tiers) == 1:
+        raise ConfigError(
+            f"recipe {recipe.name}: rule {recipe.rule} trains under several tiers, the factors "
+            f"have one: give --ladder to `factors`, or --rule frozen"
+        )
+
+
+class _Work:
+    def __init__(
+        self,
+        base: Path,
+        config: LongRopeConfig,
+        rows: TrainingRows,
+        options: FinetuneOptions,
+        folder: Path,
+        machine: Machine,
+        validation: Validation | None,
+        observe: Callable[[Event], None],
+    ) -> None:
+        self.base, self.config, self.rows, self.options = base, config, rows, options
+        self.folder, self.machine, self.validation = folder, machine, validation
+        self.observe = observe
+
+    def run(self, write_model: Callable[[Path, LongRopeConfig, Path], None]) -> dict[str, Any]:
+        before = self._measure(self.base, "before")
+        begin, memory = time.monotonic(), PeakMemory()
+        steps = self._train()
+        seconds, peak = time.monotonic() - begin, memory.peak_bytes()
+        after = self._measure(self.folder / PLAIN, "after")
+        switch = self.options.switch or self.config.switch
+        if self.options.switch is None and after:
+            switch = better_rule(after)
+        trained = {
+            "recipe": self.options.recipe.to_json(),
+            "seed": self.options.seed,
+            "steps": len(steps),
+            "tokens": sum(step.tokens for step in steps),
+            "targets": sum(step.targets for step in steps),
+            "first_loss": steps[0].loss,
+            "last_loss": steps[-1].loss,
+            "before": summarize(before),
+            "after": summarize(after),
+        }
+        provenance = {**self.config.provenance, "finetune": trained}
+        config = replace(self.config, switch=switch, provenance=provenance)
+        self.observe(Event("writing the model"))
+        write_model(self.folder / PLAIN, config, self.folder / MODEL)
+        write_factors(config, self.folder / FACTORS)
+        result = {
+            **stamp(FORMAT, 1),
+            **trained,
+            "switch": switch.value,
+            "training_seconds": seconds,
+            "peak_bytes": peak,
+            "validation": [d.name for d in self.validation.documents] if self.validation else [],
+            "validation_length": self.validation.length if self.validation else None,
+        }
+        write_text(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
+        for name in (PLAIN, CHECKPOINTS):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        return result
+
+    def _measure(self, path: Path, name: str) -> list[Any]:
+        if self.validation is None:
+            return []
+        words = f"measuring {name} training"
+        self.observe(Event(words))
+        return measure(
+            path,
+            self.config,
+            self.validation,
+            self.folder / name,
+            (self.machine.dtype, self.machine.device),
+            lambda progress: self.observe(Event(words, progress)),
+        )
+
+    def _train(self) -> list[Step]:
+        from longrope_export.finetune.metrics import read_metrics
+        from longrope_export.finetune.model import TrainingModel
+
+        if (self.folder / PLAIN).is_dir():
+            return read_metrics(self.folder)
+        recipe = self.options.recipe
+        steps = recipe.steps or max(
+            1, round((recipe.epochs or 1) * len(self.rows) / recipe.batch_size)
+        )
+        self.observe(Event("training"))
+        training = TrainingModel(
+            self.base, self.config, recipe, self.options.seed, self.machine.device
+        )
+        found = train(
+            training.model,
+            self.rows,
+            recipe,
+            self.folder,
+            self.machine,
+            steps=steps,
+            seed=self.options.seed,
+            pad_id=PAD_ID,
+            on_step=lambda step: self.observe(Event("training", step=step)),
+        )
+        with replace_folder_when_done(self.folder / PLAIN) as temporary:
+            training.save(self.base, temporary)
+        return found
