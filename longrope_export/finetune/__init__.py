@@ -1,0 +1,1 @@
+"""Fine-tuning under a LongRopeConfig: data, training, plans."""
