@@ -161,31 +161,31 @@ class TrainingRows:
         settings, layout = self.settings, self.settings.layout
         window = settings.window
         lengths = np.array([len(sample) for sample in self._samples], np.int64)
-        everything = np.flatnonzero([sample.is_target[1:].any() for sample in self._samples])
-        if not len(everything):
+        able = np.flatnonzero([sample.is_target[1:].any() for sample in self._samples])
+        if not len(able):
             raise ConfigError(f"rows: none of {len(lengths)} works has a token to learn")
         if layout is Layout.MIXED:
             assert settings.short_length is not None
-            is_short = lengths <= settings.short_length
+            is_short = lengths[able] <= settings.short_length
             return mix(
-                Stream(lengths, everything[is_short], window),
-                Stream(lengths, everything[~is_short], window),
+                Stream(lengths, able[is_short], window),
+                Stream(lengths, able[~is_short], window),
                 settings.short_share,
             )
         source: Source
         if layout is Layout.SINGLE:
             source, needs = Pieces(self._samples, window), "a token to learn behind another"
         elif layout in (Layout.PACKED, Layout.DOCUMENTS):
-            source, needs = Stream(lengths, everything, window), f"{window} tokens in all"
+            source, needs = Stream(lengths, able, window), f"{window} tokens in all"
         else:
             width = settings.tokens if layout is Layout.POSE else window
             least = width if layout is Layout.POSE and not settings.true_places else window
-            source = Windows(lengths, everything[lengths >= least], width)
+            source = Windows(lengths, able[lengths[able] >= least], width)
             needs = f"a work of {least} tokens"
         if source.count == 0:
             raise ConfigError(
-                f"rows: layout {layout} needs {needs}, and {len(lengths)} works have "
-                f"{lengths.sum()} tokens, the longest {lengths.max()}: give more or longer works, "
+                f"rows: layout {layout} needs {needs}, and {len(able)} works have "
+                f"{lengths[able].sum()} tokens, the longest {lengths[able].max()}: give more or longer works, "
                 f"or a shorter window"
             )
         return [Part(source, source.count, layout is Layout.DOCUMENTS)]
