@@ -387,9 +387,10 @@ def test_true_places_reach_the_whole_work_and_all_of_the_window() -> None:
     ("fields", "message"),
     [
         ({"window": 1}, "window 1"),
+        ({"layout": "boxed"}, "layout 'boxed': expected packed, documents"),
         ({"layout": Layout.POSE, "tokens": 65}, "65 tokens of a pose row.*window of 64"),
         ({"layout": Layout.POSE, "tokens": 8, "chunks": 9}, "9 chunks of 8"),
-        ({"layout": Layout.POSE, "tokens": 8, "chunks": 0}, "0 chunks"),
+        ({"layout": "pose", "tokens": 8, "chunks": 0}, "0 chunks"),
         ({"layout": Layout.MIXED}, "needs short_length"),
         ({"layout": Layout.MIXED, "short_length": 8, "short_share": 1.5}, "short_share 1.5"),
     ],

@@ -79,6 +79,9 @@ class RowSettings:
     true_places: bool = False
 
     def __post_init__(self) -> None:
+        if self.layout not in list(Layout):
+            raise ConfigError(f"rows: layout {self.layout!r}: expected {', '.join(Layout)}")
+        object.__setattr__(self, "layout", Layout(self.layout))
         if self.window < 2:
             raise ConfigError(f"rows: window {self.window}: expected 2 tokens or more")
         if self.layout is Layout.MIXED:
