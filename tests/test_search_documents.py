@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from longrope_export.errors import ConfigError
-from longrope_export.search.documents import read_texts, split_documents, tokenize
+from longrope_export.search.documents import split_documents, tokenize
 from longrope_export.search.jobs import Document
 from longrope_export.search.needles import make_needles
+from longrope_export.texts import read_texts
 
 
 def works(*lengths: int) -> list[tuple[str, list[int]]]:

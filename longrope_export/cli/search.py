@@ -109,11 +109,11 @@ def command(
     """
     from longrope_export.factor_files import read_factors
     from longrope_export.models.model import find_model, load_model
-    from longrope_export.search.documents import read_texts
     from longrope_export.search.pool import Setup
     from longrope_export.search.recovery import RecoveryRun
     from longrope_export.search.run import SearchRun
     from longrope_export.search.workers import make_workers
+    from longrope_export.texts import read_texts
 
     refuse_ignored(given)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))

@@ -1,20 +1,14 @@
-"""Texts for a search: read, tokenized once, cut into windows, split into three disjoint sets."""
+"""Texts for a search: tokenized once, cut into windows, split into three disjoint sets."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from longrope_export.errors import ConfigError, UnsupportedError
+from longrope_export.errors import ConfigError
 from longrope_export.search.jobs import Document
-
-TEXT_SUFFIXES = (".txt", ".md", ".text", ".rst")
-DATASET = "dataset:"
 
 
 @dataclass(frozen=True)
@@ -37,39 +31,6 @@ class Split:
     def all(self) -> tuple[Document, ...]:
         """Search, validation and test documents, in this order."""
         return self.search + self.validation + self.test
-
-
-def read_texts(sources: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, text) of every work.
-
-    Args:
-        sources: text files, .jsonl files (one work per line, in field "text"), folders of both, or
-            dataset:NAME[:SPLIT[:COLUMN]] for the datasets package.
-
-    Raises:
-        ConfigError: nothing there, an empty folder, not UTF-8, a line without text.
-        UnsupportedError: a dataset is named and the datasets package is not installed.
-    """
-    works: list[tuple[str, str]] = []
-    for source in sources:
-        if source.startswith(DATASET):
-            works += _from_dataset(source.removeprefix(DATASET))
-            continue
-        path = Path(source)
-        if path.is_dir():
-            files = [f for f in sorted(path.rglob("*")) if f.suffix in (*TEXT_SUFFIXES, ".jsonl")]
-            if not files:
-                raise ConfigError(
-                    f"--text {path}: no text in this folder; expected files that end in "
-                    f"{', '.join((*TEXT_SUFFIXES, '.jsonl'))}"
-                )
-        elif path.is_file():
-            files = [path]
-        else:
-            raise ConfigError(f"--text {path}: no such file or folder")
-        for file in files:
-            works += _from_file(file)
-    return works
 
 
 def tokenize(
@@ -153,45 +114,3 @@ def windows_of(name: str, ids: Sequence[int], body: int, start: Sequence[int]) -
         Document((*start, *ids[place : place + body]), name=f"{name}, from token {place}")
         for place in places
     ]
-
-
-def _from_file(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"--text {path}: cannot be read as UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
-        yield path.stem, text
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path.stem} line {number}", _text_of(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f'--text {path}, line {number}: expected an object with a string "text"'
-            ) from error
-
-
-def _text_of(values: Any) -> str:
-    text = values["text"]
-    if not isinstance(text, str):
-        raise TypeError
-    return text
-
-
-def _from_dataset(spec: str) -> Iterator[tuple[str, str]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UnsupportedError(
-            f"--text {DATASET}{spec} needs the datasets package: {error}; pip install datasets"
-        ) from error
-    name, split, column = [*spec.split(":"), "", ""][:3]
-    try:
-        rows = load_dataset(name, split=split or "train")
-        for number, row in enumerate(rows):
-            yield f"{name} {number}", str(row[column or "text"])
-    except Exception as error:  # many kinds, from many loaders
-        raise ConfigError(f"--text {DATASET}{spec}: datasets cannot read it: {error}") from error

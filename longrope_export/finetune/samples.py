@@ -1,0 +1,218 @@
+"""Tokenized works with the tokens that a model is to learn, and works held out of training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from longrope_export.errors import ConfigError, ModelError
+from longrope_export.texts import Work
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The tokens of one work.
+
+    Attributes:
+        name: of the work.
+        ids: (n,) int32 token ids.
+        is_target: (n,) bool, False where a token is not to be learned: all of a chat but the
+            assistant's answers, and the begin-of-text token.
+    """
+
+    name: str
+    ids: np.ndarray
+    is_target: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def cut(self, first: int, stop: int) -> Sample:
+        """Tokens first..stop-1, named by their place; shares memory with this one."""
+        span = slice(first, stop)
+        return Sample(f"{self.name}, from token {first}", self.ids[span], self.is_target[span])
+
+
+def make_samples(
+    works: Iterable[Work],
+    tokenizer: Any,
+    progress: Callable[[int, int], None] = lambda works, tokens: None,
+) -> list[Sample]:
+    """Tokenize every work once; a work without a token that can be learned is left out.
+
+    A text stands between bos_token_id and eos_token_id, as far as the tokenizer has them. A
+    conversation is what the chat template makes of it, and the assistant's answers are its
+    targets, with the token that ends a turn: by the template's own {% generation %} marks if it
+    has some, else what each answer adds to the prompt before it.
+
+    Args:
+        tokenizer: of transformers.
+        progress: told of works and tokens so far.
+
+    Raises:
+        ModelError: a conversation, and the tokenizer has no chat template, or one whose turns
+            change when a turn follows, or cannot tell which characters a token stands for.
+        ConfigError: the chat template refuses a conversation.
+    """
+    samples, tokens = [], 0
+    for number, work in enumerate(works, start=1):
+        ids, is_target = _chat(work, tokenizer) if work.messages else _text(work.text, tokenizer)
+        if is_target[1:].any():  # nothing stands before the first
+            samples.append(Sample(work.name, ids, is_target))
+            tokens += len(ids)
+        progress(number, tokens)
+    return samples
+
+
+def _text(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    begin, end = (
+        [] if token is None else [token]
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    whole = np.array([*begin, *ids, *end], np.int32)
+    is_target = np.full(len(whole), bool(ids))  # nothing is learned from an empty text
+    is_target[: len(begin)] = False
+    return whole, is_target
+
+
+def _chat(work: Work, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            f"{work.name}: a conversation, and the tokenizer has no chat template: take the "
+            f"tokenizer of the instruction-tuned model, or give texts"
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{work.name}: a conversation needs a fast tokenizer, which says which characters a "
+            f"token stands for; got {type(tokenizer).__name__}"
+        )
+    messages = list(work.messages)
+    try:
+        if _GENERATION.search(tokenizer.get_chat_template()):
+            marked = tokenizer.apply_chat_template(
+                messages,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},
+            )
+            is_target = np.array(marked["assistant_masks"], bool)
+            return np.array(marked["input_ids"], np.int32), is_target
+        text, answers = _find_answers(work, tokenizer)
+    except ModelError:
+        raise
+    except Exception as error:  # jinja2's, and whatever a template's code raises
+        raise ConfigError(
+            f"{work.name}: the chat template refuses this conversation: {error}"
+        ) from error
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = np.array(encoded.input_ids, np.int32)
+    begins = np.array(encoded.offset_mapping, np.int64).reshape(-1, 2)[:, 0]
+    special = np.isin(ids, [*tokenizer.added_tokens_decoder])
+    is_target = np.zeros(len(ids), bool)
+    for first, stop in answers:
+        is_target |= (begins >= first) & (begins < _end_of_turn(text, first, stop, begins, special))
+    return ids, is_target
+
+
+def _find_answers(work: Work, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The whole conversation as text, and the spans of characters that each answer adds to it."""
+
+    def render(count: int, **options: Any) -> str:
+        turns = list(work.messages[:count])
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+
+    text, answers = render(len(work.messages)), []
+    for k, message in enumerate(work.messages):
+        if message["role"] != "assistant" or k == 0:  # an answer to nothing cannot be asked for
+            continue
+        prompt, answered = render(k, add_generation_prompt=True), render(k + 1)
+        if not (text.startswith(answered) and answered.startswith(prompt)):
+            raise ModelError(
+                f"{work.name}: turn {k + 1} looks otherwise when the chat template has seen the "
+                f"turns after it, so that its tokens cannot be told from the prompt's: give a "
+                f"template with {{% generation %}} marks"
+            )
+        answers.append((len(prompt), len(answered)))
+    return text, answers
+
+
+def _end_of_turn(text: str, first: int, stop: int, begins: np.ndarray, special: np.ndarray) -> int:
+    """`stop` without the white space that a template puts behind the token that ends a turn."""
+    end = first + len(text[first:stop].rstrip())
+    last = np.flatnonzero((begins >= first) & (begins < end))
+    return end if len(last) and special[last[-1]] else stop
+
+
+class Validation(NamedTuple):
+    """Samples to learn, samples held out, and in words how far they are apart."""
+
+    train: list[Sample]
+    held_out: list[Sample]
+    words: str
+
+
+def split_validation(
+    samples: Sequence[Sample],
+    *,
+    share: float = 0.05,
+    number: int | None = None,
+    length: int = 2,
+    seed: int = 0,
+) -> Validation:
+    """Hold out whole works, drawn by the seed; of a single one, its tail.
+
+    Args:
+        share: of the works that are long enough; at least one work.
+        number: so many works instead.
+        length: tokens that a work needs to be held out, so that it can fill a row of validation.
+            At least one work of this length stays in training.
+        seed: 0 or more.
+
+    Raises:
+        ConfigError: share outside 0..1, number below 1, or too few or too short works.
+    """
+    if not 0 < share < 1 or (number is not None and number < 1) or length < 2 or seed < 0:
+        raise ConfigError(
+            f"validation: expected a share between 0 and 1, a number from 1, a length from 2 and a "
+            f"seed from 0, got share {share}, number {number}, length {length}, seed {seed}"
+        )
+    able = [index for index, sample in enumerate(samples) if len(sample) >= length]
+    if len(able) == 1:
+        return _hold_out_tail(samples, able[0], share, length)
+    count = number if number is not None else max(1, round(share * len(able)))
+    if count >= len(able):
+        longest = max(map(len, samples), default=0)
+        raise ConfigError(
+            f"validation: {count} works of at least {length} tokens are to be held out, and "
+            f"{len(able)} of {len(samples)} works have so many (the longest {longest}): give more "
+            f"or longer works, or hold out less"
+        )
+    chosen = {able[int(k)] for k in np.random.default_rng(seed).permutation(len(able))[:count]}
+    held = [samples[index] for index in sorted(chosen)]
+    train = [sample for index, sample in enumerate(samples) if index not in chosen]
+    words = f"{len(held)} of {len(samples)} works held out, {sum(map(len, held))} tokens"
+    return Validation(train, held, words)
+
+
+def _hold_out_tail(samples: Sequence[Sample], index: int, share: float, length: int) -> Validation:
+    sample = samples[index]
+    kept = min(len(sample) - length, round((1 - share) * len(sample)))
+    if kept < length:
+        raise ConfigError(
+            f"validation: only {sample.name} has {length} tokens, and with {len(sample)} it is too "
+            f"short to hold out a tail of {length}: give more works, or longer ones"
+        )
+    train = [*samples[:index], sample.cut(0, kept), *samples[index + 1 :]]
+    held = sample.cut(kept, len(sample))
+    words = (
+        f"one work is long enough, so its last {len(held)} of {len(sample)} tokens are held out: "
+        f"not another work"
+    )
+    return Validation(train, [held], words)
