@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from longrope_export.config import FactorTier
 from longrope_export.errors import ConfigError, ModelError, UnsupportedError
 from longrope_export.finetune.rows import (
-    NO_TARGET,
+    IGNORED,
     Layout,
     Row,
     RowSettings,
@@ -263,7 +263,7 @@ def check_targets(row: Row, samples: Sequence[Sample]) -> None:
     for i, token in enumerate(row.ids.tolist()):
         work, place = divmod(token, FAR)
         follows = i > 0 and row.ids[i - 1] == token - 1 and place > 0
-        expected = token if follows and samples[work].is_target[place] else NO_TARGET
+        expected = token if follows and samples[work].is_target[place] else IGNORED
         assert row.targets[i] == expected
 
 
@@ -379,7 +379,7 @@ def test_true_places_reach_the_whole_work_and_all_of_the_window() -> None:
     made = [rows.row(k) for k in range(4000)]
     assert {int(i) for row in made for i in row.ids} == set(range(80))
     assert {int(p) for row in made for p in row.positions} == set(range(64))
-    targets = [int((row.targets != NO_TARGET).sum()) for row in made]
+    targets = [int((row.targets != IGNORED).sum()) for row in made]
     assert set(targets) == {6, 7}  # 7 where nothing was skipped
 
 
@@ -442,7 +442,7 @@ def test_rows_are_padded_on_the_right() -> None:
     short = [len(row.ids) for row in rows].index(5)
     assert made["attention_mask"].sum(1).tolist() == [len(row.ids) for row in rows]
     assert made["input_ids"][short, 5:].tolist() == [3, 3, 3]
-    assert made["labels"][short, 5:].tolist() == [NO_TARGET] * 3
+    assert made["labels"][short, 5:].tolist() == [IGNORED] * 3
     assert made["position_ids"][short].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
 
 

@@ -37,7 +37,7 @@ ALGORITHMS = ("longrope", "longrope2", "practical")
     multiple=True,
     required=True,
     metavar="FILE|DIR|dataset:NAME",
-    help="Works longer than the target; .txt, .jsonl, folders of them; repeat it.",
+    help="Works longer than the target; .txt, .jsonl, .parquet, folders of them; repeat it.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="RUN folder.")
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder.")

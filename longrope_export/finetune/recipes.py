@@ -15,7 +15,6 @@ from typing import Any
 
 from longrope_export.errors import ConfigError
 
-
 _WHOLE = {
     "window": 2, "tokens": 2, "steps": 1, "batch_size": 1, "warmup_steps": 0, "chunks": 1,
     "lora_rank": 0, "lora_alpha": 1,

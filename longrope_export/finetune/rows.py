@@ -24,8 +24,7 @@ from longrope_export.finetune.row_sources import (
     mix,
 )
 from longrope_export.finetune.samples import Sample
-
-NO_TARGET = -100  # what cross entropy ignores
+from longrope_export.models.token_losses import IGNORED
 
 
 class Layout(StrEnum):
@@ -112,7 +111,7 @@ class Row:
         ids: (n,) int32 token ids.
         positions: (n,) int32.
         targets: (n,) int32: the id where the token is to be predicted from those before it, else
-            NO_TARGET; not shifted (transformers' labels). A token whose true predecessor does not
+            IGNORED; not shifted (transformers' labels). A token whose true predecessor does not
             stand before it is no target. There may be none at all in a row.
         is_packed: documents must not see each other; one begins where positions begin anew.
     """
@@ -236,7 +235,7 @@ def batch(rows: Sequence[Row], pad_id: int) -> dict[str, np.ndarray]:
             "(pose) one with a mask: put them into different batches"
         )
     shape = (len(rows), max(len(row.ids) for row in rows))
-    input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, NO_TARGET, np.int64)
+    input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
     position_ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for k, row in enumerate(rows):
         n = len(row.ids)
@@ -259,5 +258,5 @@ def _make_row(samples: Sequence[Sample], spans: Sequence[Span], is_packed: bool)
             positions[place : place + stop - first] = np.arange(stop - first)
         place += stop - first
         before = (sample, stop)
-    targets = np.where(is_target, ids, NO_TARGET).astype(np.int32)
+    targets = np.where(is_target, ids, IGNORED).astype(np.int32)
     return Row(ids, positions, targets, is_packed)

@@ -22,8 +22,8 @@ from longrope_export.finetune.tables import FORMAT
 from longrope_export.finetune.training import CHECKPOINTS, Machine, train
 from longrope_export.finetune.validation import Validation, measure, summarize
 from longrope_export.outputs import replace_folder_when_done, write_text
-from longrope_export.search.judge import better_rule
 from longrope_export.run_settings import SETTINGS, lock_run, open_settings
+from longrope_export.search.judge import better_rule
 from longrope_export.stamp import stamp
 from longrope_export.verify.certificate import content_hash
 
