@@ -278,15 +278,15 @@ def test_a_cut_training_goes_on_to_the_same_losses_and_weights(
     whole, steps = run_training(model_path, config, rows, recipe, tmp_path / "whole", machine)
     whole.save(model_path, tmp_path / "whole.saved")
 
-    class Cut(Exception):
+    class CutError(Exception):
         pass
 
     def cut(step: Step) -> None:
         if step.step == 5:
-            raise Cut
+            raise CutError
 
     (tmp_path / "cut").mkdir()
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         model = TrainingModel(model_path, config, recipe, seed=0)
         train(model.model, rows, recipe, tmp_path / "cut", machine, steps=6, seed=0, pad_id=0, on_step=cut)  # fmt: skip
     torn = tmp_path / "cut" / "checkpoints" / "checkpoint-5"  # as a kill while saving leaves it
