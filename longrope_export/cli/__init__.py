@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "Show a model's RoPE, its tiers, and what each runtime honours."),
     "factors": ("factors", "Make factors by a closed form, or read them from another file."),
     "search": ("search", "Find the factors that suit a model and its texts."),
+    "extend": ("extend", "Run a whole plan: search, fine-tune, recover, export, verify, measure."),
     "gguf": ("gguf", "Write a GGUF with the factors baked in."),
     "safetensors": ("safetensors", "Write a Hugging Face folder that every engine loads."),
     "onnx": ("onnx", "Write an ONNX folder with the factors in the graph."),
