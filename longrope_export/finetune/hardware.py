@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from dataclasses import dataclass, replace
@@ -65,11 +64,9 @@ def parse_hardware(text: str) -> Hardware:
     match = re.fullmatch(r"(?:(\d+)x)?(.+)", text.lower())
     count, name = (match[1] or "1", match[2]) if match else ("1", text)
     if name not in DEVICES or int(count) < 1:
-        close = difflib.get_close_matches(name, DEVICES, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(
             f"--hardware {text}: expected NAME or NxNAME, as 8xa100-80gb, with a name of "
-            f"{', '.join(DEVICES)}{hint}"
+            f"{', '.join(DEVICES)}"
         )
     return replace(DEVICES[name], name=text.lower(), count=int(count))
 
