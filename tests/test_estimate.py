@@ -15,10 +15,10 @@ from longrope_export.finetune.estimate import (
     LAYER_VALUES,
     Geometry,
     adapter_parameters,
+    cache_memory,
     check_memory,
     device_hours,
     forward_flops,
-    forward_memory,
     geometry_of,
     training_flops,
     training_memory,
@@ -63,7 +63,7 @@ def test_memory_written_out() -> None:
     assert trained == pytest.approx(19_988_480, rel=1e-3)  # peft's count for all linear layers
     adapted = training_memory(LLAMA2, 4 * K, trained=trained)
     assert adapted.gradients + adapted.optimizer == 12 * trained
-    assert forward_memory(LLAMA2, 4 * K, "bfloat16").weights == 2 * 6_738_415_616
+    assert cache_memory(LLAMA2, 4 * K, "bfloat16").activations == 2 * 32 * row
     check_memory(whole.total, whole.total, "it")
     with pytest.raises(ConfigError, match=r"it needs about 109\.6 GB of memory, here are 80\.0 GB"):
         check_memory(whole.total, 80 * 10**9, "it")

@@ -225,6 +225,14 @@ def test_what_has_changed_since_is_named(
     assert Path("run/plan.toml").read_text() == PLAN
 
 
+def test_a_run_may_go_on_with_other_devices(place: Path) -> None:
+    run()
+    calls()
+    machine = PLAN.replace("= 512\n", '= 512\ndevice = ["cuda:0", "cuda:1"]\n')
+    run(machine.replace("= 5\n", "= 5\nprocesses = 2\n"))
+    assert calls() == []
+
+
 def test_a_changed_model_is_refused(place: Path, hf_config: Callable[..., Path]) -> None:
     run()
     hf_config("model", rope_theta=20000.0)

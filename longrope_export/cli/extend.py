@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from longrope_export.finetune.plan import Commands, Option
     from longrope_export.finetune.stages import Step
 
-HEADER = ("", "stage", "forward tokens", "training tokens", "memory, GB", "device-hours")
+HEADER = ("", "stage", "forward, M tokens", "training, M tokens", "GB", "device-hours")
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -186,7 +186,10 @@ def show_costs(
     hours = [None if c is None else device_hours(c.flops, devices, utilization) for c in costs]
     total = sum(filter(None, hours))
     if as_json:
-        stages = [_cost_json(*row) for row in zip(steps, costs, hours, strict=True)]
+        stages = [
+            _cost_json(*row) | {"fits": _fits(row[0], row[1], devices)}
+            for row in zip(steps, costs, hours, strict=True)
+        ]
         print_json(
             {
                 "hardware": devices.name,
@@ -209,19 +212,34 @@ def show_costs(
         table.add_row(
             str(step.stage.number),
             step.stage.name,
-            *("?" if cost is None else f"{n:,}" if n else "" for n in _tokens(cost)),
-            f"{memory.total / 1e9:.1f}" if memory else "",
+            *("?" if cost is None else f"{n / 1e6:,.1f}" if n else "" for n in _tokens(cost)),
+            f"{memory.total / 1e9:,.1f}" if memory else "",
             "?" if spent is None else f"{spent:,.2f}" if spent else "",
         )
     unknown = " and what is not known (?)" if None in hours else ""
     Console().print(table)
-    click.echo(f"{total:,.2f} device-hours, {total / devices.count:,.2f} hours{unknown}\n")
+    click.echo(f"{total:,.2f} device-hours, {total / devices.count:,.2f} hours{unknown}")
+    for step, cost in zip(steps, costs, strict=True):
+        if not _fits(step, cost, devices):
+            click.echo(
+                f"{step.stage.title}, does not fit into {_room(step, devices) / 1e9:,.1f} GB"
+            )
+    click.echo()
     for step in steps:
         click.echo(shlex.join(step.words))
 
 
 def _tokens(cost: Cost | None) -> tuple[int, int]:
     return (0, 0) if cost is None else (cost.forward_tokens, cost.training_tokens)
+
+
+def _room(step: Step, devices: Hardware) -> int:
+    """Bytes: a training is spread over all devices, a pass of anything else is one device's."""
+    return devices.total_bytes if step.stage.kind == "finetune" else devices.one_bytes
+
+
+def _fits(step: Step, cost: Cost | None, devices: Hardware) -> bool:
+    return cost is None or cost.memory is None or cost.memory.total <= _room(step, devices)
 
 
 def _cost_json(step: Step, cost: Cost | None, hours: float | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from longrope_export.finetune.estimate import (
     Geometry,
     Memory,
     adapter_parameters,
+    cache_memory,
     forward_flops,
     forward_memory,
     training_flops,
@@ -235,4 +236,4 @@ def _evaluate(step: Step, geometry: Geometry) -> Cost:
         tokens += models * count
         flops += models * count * forward_flops(geometry, length)
     dtype = str(values.get("dtype") or "float32")
-    return Cost(tokens, 0, flops, forward_memory(geometry, max(lengths), dtype))
+    return Cost(tokens, 0, flops, cache_memory(geometry, max(lengths), dtype))

@@ -24,6 +24,9 @@ from longrope_export.verify.tokens import vocabulary_size
 # values per token that one layer's backward pass needs: 34 bytes per channel in two-byte
 # numbers, attention's matrix recomputed (Korthikanti et al. 2022, arXiv 2205.05198, equation 1)
 LAYER_VALUES = 17
+# of a pass of the search, whose MLPs work in pieces: residual and normed input, queries and keys
+# before and after their rotation, values, attention's output
+FORWARD_VALUES = 8
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _EMBEDDINGS = ("embed_tokens.weight", "token_embd.weight")
 _HEADS = ("lm_head.weight", "output.weight")
@@ -121,7 +124,7 @@ class Memory:
         weights: as they are held while computing.
         gradients: of what is trained.
         optimizer: AdamW's two moments, float32.
-        activations: what the backward pass needs, or one layer's values where there is none.
+        activations: what the backward pass needs; without one, a layer's values or the cache.
         logits: one chunk of them, and its gradient; never length times vocabulary.
     """
 
@@ -138,10 +141,18 @@ class Memory:
 
 
 def forward_memory(geometry: Geometry, tokens: int, dtype: str = "float32") -> Memory:
-    """Of a pass that keeps one layer's values."""
+    """Of a pass over a whole text without a cache, as the search makes it."""
     size = BYTES[dtype]
-    layer = LAYER_VALUES * tokens * geometry.hidden_size * size
-    return Memory(geometry.num_parameters * size, 0, 0, layer, 4 * LOGIT_VALUES)
+    values = FORWARD_VALUES * tokens * geometry.hidden_size * size
+    return Memory(geometry.num_parameters * size, 0, 0, values, 4 * LOGIT_VALUES)
+
+
+def cache_memory(geometry: Geometry, tokens: int, dtype: str = "float32") -> Memory:
+    """Of a text that is read in pieces behind a cache of keys and values, as `evaluate` does."""
+    size = BYTES[dtype]
+    width = geometry.num_key_value_heads * geometry.head_dim
+    cache = 2 * geometry.num_layers * width * tokens * size
+    return Memory(geometry.num_parameters * size, 0, 0, cache, 4 * LOGIT_VALUES)
 
 
 def training_memory(

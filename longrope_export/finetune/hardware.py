@@ -33,6 +33,11 @@ class Hardware:
     utilization: float = GPU_UTILIZATION
 
     @property
+    def one_bytes(self) -> int:
+        """Memory that one pass can use: of a device; of CPU cores what this machine has free."""
+        return self.memory_bytes or available_bytes()
+
+    @property
     def total_bytes(self) -> int:
         """Memory of all devices; of CPU cores what this machine has free."""
         return self.count * self.memory_bytes or available_bytes()

@@ -25,7 +25,7 @@ from longrope_export.finetune.plan import (
     listed,
     option_arguments,
 )
-from longrope_export.finetune.stages import OWN_KEYS, Made, Step, missing_extras
+from longrope_export.finetune.stages import MACHINE, OWN_KEYS, Made, Step, missing_extras
 from longrope_export.models.model import Model, ModelKind
 from longrope_export.search.documents import DATASET, TEXT_SUFFIXES
 
@@ -172,7 +172,7 @@ class _Resolver:
                 option = replace(option, check=str)  # of a stage before, it is not there yet
             elif option.is_path and isinstance(value, str) and Path(value).exists():
                 draft.files[f"{key} {value}"] = Path(value)
-            else:
+            elif key not in MACHINE:
                 draft.settings[key] = json.dumps(value, default=str)
             if value is None:
                 continue
@@ -278,7 +278,6 @@ class _Resolver:
         count = self._stage.keys.get("processes", 1)
         if self._stage.kind != "finetune":
             return 1
-        draft.settings["processes"] = json.dumps(count, default=str)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             self._problem(f"processes: expected a whole number from 1 on, got {count!r}")
             return 1

@@ -29,6 +29,8 @@ OWN_KEYS = {
     "evaluate": ("model", "models"),
     "report": ("inputs",),
 }
+# options on which a result does not depend but by rounding: they may change from try to try
+MACHINE = frozenset({"build", "device", "ray", "ray-workers", "rows-per-pass", "threads"})
 _TORCH = ("torch", "transformers")
 _EXTRAS = {  # kind -> (extra of pip, modules)
     "search": ("search", (*_TORCH, "scipy")),
