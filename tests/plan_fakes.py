@@ -39,6 +39,7 @@ elif command == "finetune":
     (output / "model").mkdir(exist_ok=True)
     (output / "model" / "config.json").write_text("{}")
     (output / "factors.json").write_text("{}")
+    (output / "result.json").write_text("{}")
 elif not lists("write-nothing"):
     output.write_text("{}")
 """

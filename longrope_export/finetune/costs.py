@@ -164,7 +164,7 @@ def training_values(step: Step) -> dict[str, Any]:
     values: dict[str, Any] = {}
     with suppress(ImportError, LongRopeError):
         recipes: Any = importlib.import_module("longrope_export.finetune.recipes")
-        recipe = recipes.load_recipe(str(step.values.get("recipe") or "small"))
+        recipe = recipes.load_recipe(str(step.values.get("recipe")))
         values = {key.replace("_", "-"): value for key, value in recipe.to_json().items()}
         values["lora"] = values.pop("lora-rank", 0)
     return values | {key: value for key, value in step.values.items() if value is not None}

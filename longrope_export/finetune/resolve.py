@@ -20,7 +20,7 @@ from longrope_export.finetune.plan import (
 )
 from longrope_export.finetune.stage_keys import SOURCE, Draft, StageReader
 from longrope_export.finetune.stages import Made, Step, missing_extras
-from longrope_export.models.model import Model, ModelKind
+from longrope_export.models.model import Model
 
 _MAKE_FACTORS = ("search", "recover", "factors")
 
@@ -54,8 +54,7 @@ class _Resolver(StageReader):
         super().__init__(plan, model, commands)
         self.run = run
         carries = SOURCE if model.is_extended else ""
-        is_folder = model.kind is ModelKind.HF
-        source = Made(model.path, "", model.window, carries, is_folder)
+        source = Made(model.path, "", model.window, carries)
         self.models, self.latest = {SOURCE: source}, source
         self.latest_factors: Made | None = None
         self.exports: dict[str, Made] = {}
@@ -80,7 +79,7 @@ class _Resolver(StageReader):
             if option.required and name not in draft.given | FILLED:
                 self.problem(f"needs {name}")
         subjects = self._subjects(draft, model)
-        missing = missing_extras(stage.kind, draft.values, subjects)
+        missing = missing_extras(stage.kind, subjects)
         if missing:
             self.lack(missing)
         processes = self._processes(draft)
@@ -110,8 +109,6 @@ class _Resolver(StageReader):
                 f"{did_you_mean(str(name), self.models)}; there are {', '.join(self.models)}"
             )
             model = self.latest
-        if self.stage.kind == "finetune" and not model.is_folder:
-            self.problem(f"model: {model.path} is a GGUF; training takes a Hugging Face folder")
         return model
 
     def _processes(self, draft: Draft) -> int:
@@ -228,7 +225,7 @@ class _Resolver(StageReader):
             factors = place / "factors.json"
             outputs = (factors, place / "result.json")
             if kind == "finetune":
-                outputs = (factors, place / "model" / "config.json")
+                outputs = (*outputs, place / "model" / "config.json")
                 self.latest = self.models[name] = Made(place / "model", name, reach, name)
             else:
                 self.results[name] = Made(place, name)
@@ -237,7 +234,7 @@ class _Resolver(StageReader):
         if kind in ("safetensors", "gguf", "onnx"):
             carries = draft.factors.carries if draft.factors else model.carries
             place = folder / f"{name}.gguf" if kind == "gguf" else place
-            self.exports[name] = Made(place, name, reach, carries, kind == "safetensors")
+            self.exports[name] = Made(place, name, reach, carries)
             if kind != "onnx":
                 self.models[name] = self.exports[name]
         elif kind == "report":

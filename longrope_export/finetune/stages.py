@@ -30,12 +30,14 @@ OWN_KEYS = {
     "report": ("inputs",),
 }
 # options on which a result does not depend but by rounding: they may change from try to try
-MACHINE = frozenset({"build", "device", "ray", "ray-workers", "rows-per-pass", "threads"})
+MACHINE = frozenset({
+    "build", "device", "ray", "ray-workers", "rows-per-pass", "save-steps", "threads",
+})  # fmt: skip
 _TORCH = ("torch", "transformers")
 _EXTRAS = {  # kind -> (extra of pip, modules)
     "search": ("search", (*_TORCH, "scipy")),
     "recover": ("search", (*_TORCH, "scipy")),
-    "finetune": ("finetune", (*_TORCH, "accelerate")),
+    "finetune": ("finetune", (*_TORCH, "accelerate", "peft")),
     "onnx": ("onnx", ("onnx", "onnx_ir", "onnxruntime")),
     "verify": ("transformers", _TORCH),
     "report": ("plots", ("matplotlib",)),
@@ -51,14 +53,12 @@ class Made:
         stage: that makes it; "" for the source model, or a file of the user's.
         reach: tokens of its longest tier; None where that is not known before it is made.
         carries: of a model: what makes the factors in it, a stage or a file; "" for a plain one.
-        is_folder: of a model: it is a Hugging Face folder, not a GGUF.
     """
 
     path: Path
     stage: str
     reach: int | None = None
     carries: str = ""
-    is_folder: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,16 @@ class Step:
         return [*launcher, PROGRAM.replace("-", "_"), self.command, *self.arguments]
 
 
-def missing_extras(kind: str, values: Mapping[str, Any], subjects: Sequence[str]) -> str | None:
+def missing_extras(kind: str, subjects: Sequence[str]) -> str | None:
     """What a stage needs that is not installed, with the line for pip; None if nothing.
 
     Args:
         kind: of the stage.
-        values: of its options.
         subjects: models and exports that it runs.
     """
     extra, modules = _EXTRAS.get(kind, ("", ()))
     if kind == "evaluate" and not all(word.endswith(".gguf") for word in subjects):
         extra, modules = "transformers", _TORCH
-    if kind == "finetune" and values.get("lora"):
-        modules = (*modules, "peft")
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if not missing:
         return None
