@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "factors": ("factors", "Make factors by a closed form, or read them from another file."),
     "search": ("search", "Find the factors that suit a model and its texts."),
     "finetune": ("finetune", "Train a model under its new factors."),
+    "extend": ("extend", "Run a whole plan: search, fine-tune, recover, export, verify, measure."),
     "gguf": ("gguf", "Write a GGUF with the factors baked in."),
     "safetensors": ("safetensors", "Write a Hugging Face folder that every engine loads."),
     "onnx": ("onnx", "Write an ONNX folder with the factors in the graph."),
