@@ -102,7 +102,8 @@ def test_every_stage_becomes_a_command_with_what_the_plan_leaves_open(place: Pat
         "evaluate": f"longrope-export evaluate model transformers={extended} "
         f"--factors run/01-yarn/yarn.json --factors {searched}/factors.json "
         "--text books/a.txt --text books/b.txt --no-perplexity -o run/08-evaluate/evaluate.json",
-        "report": f"longrope-export report run/01-yarn/yarn.json {searched} run/04-recover/recover "
+        "report": f"longrope-export report run/01-yarn/yarn.json {searched} run/03-finetune/finetune "
+            "run/04-recover/recover "
         "run/07-verify/verify.json run/08-evaluate/evaluate.json -o run/09-report/report.html "
         "--model-card run/09-report/README.md --plots run/09-report/plots",
     }  # fmt: skip

@@ -172,7 +172,7 @@ def make_rows(samples: list[Any], recipe: Any, config: LongRopeConfig, seed: int
         Layout(recipe.layout),
         short_length=config.original_max_position_embeddings,
         short_share=recipe.short_share,
-        tokens=recipe.tokens or window,
+        tokens=min(recipe.tokens or window, window),
         chunks=recipe.chunks,
         true_places=recipe.true_places,
     )

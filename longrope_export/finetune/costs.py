@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from longrope_export.finetune.estimate import (
     training_flops,
     training_memory,
 )
+from longrope_export.finetune.recipes import load_recipe
 from longrope_export.finetune.stages import Step
 from longrope_export.ladder import parse_ladder
 from longrope_export.search.algorithms import FINALISTS
@@ -162,9 +162,8 @@ def _search(step: Step, geometry: Geometry, window: int) -> Cost:
 def training_values(step: Step) -> dict[str, Any]:
     """What a fine-tune is told: its recipe, under the options that are given."""
     values: dict[str, Any] = {}
-    with suppress(ImportError, LongRopeError):
-        recipes: Any = importlib.import_module("longrope_export.finetune.recipes")
-        recipe = recipes.load_recipe(str(step.values.get("recipe")))
+    with suppress(LongRopeError):  # finetune itself says what is wrong with it
+        recipe = load_recipe(str(step.values.get("recipe")))
         values = {key.replace("_", "-"): value for key, value in recipe.to_json().items()}
         values["lora"] = values.pop("lora-rank", 0)
     return values | {key: value for key, value in step.values.items() if value is not None}
@@ -189,7 +188,7 @@ def finetune_memory(step: Step, geometry: Geometry) -> Memory | None:
 def _row_tokens(values: Mapping[str, Any], step: Step) -> int | None:
     window = values.get("window") or step.reach
     if values.get("layout") == "pose" and values.get("tokens"):
-        return int(values["tokens"])
+        return min(int(values["tokens"]), int(window or values["tokens"]))
     return None if window is None else int(window)
 
 

@@ -18,7 +18,7 @@ from longrope_export.finetune.hardware import Hardware
 from longrope_export.gguf_format import read_header
 from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
-from longrope_export.search.scorer import LOGIT_VALUES
+from longrope_export.models.token_losses import LOGIT_VALUES
 from longrope_export.verify.tokens import vocabulary_size
 
 # values per token that one layer's backward pass needs: 34 bytes per channel in two-byte

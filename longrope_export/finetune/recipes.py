@@ -57,7 +57,7 @@ class Recipe:
         source: where the numbers come from.
         reproduces: what the authors reached with it, in words.
         window: positions that a row of training spans, tokens; None for the factors' target.
-        tokens: of a row under the layout pose; None for all of the window.
+        tokens: of a row under the layout pose, at most the window; None for all of it.
         steps: optimizer steps; None for `epochs` passes over the data.
         batch_size: rows of one step, over all devices and accumulated passes.
         learning_rate: its peak.

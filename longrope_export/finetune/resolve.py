@@ -223,14 +223,13 @@ class _Resolver(StageReader):
         place = folder / name
         if kind in ("search", "recover", "finetune"):
             factors = place / "factors.json"
-            outputs = (factors, place / "result.json")
+            self.results[name] = Made(place, name)
+            outputs = [factors, place / "result.json"]
             if kind == "finetune":
-                outputs = (*outputs, place / "model" / "config.json")
+                outputs.append(place / "model" / "config.json")
                 self.latest = self.models[name] = Made(place / "model", name, reach, name)
-            else:
-                self.results[name] = Made(place, name)
             self.factors[name] = self.latest_factors = Made(factors, name, reach, name)
-            return place, outputs
+            return place, tuple(outputs)
         if kind in ("safetensors", "gguf", "onnx"):
             carries = draft.factors.carries if draft.factors else model.carries
             place = folder / f"{name}.gguf" if kind == "gguf" else place

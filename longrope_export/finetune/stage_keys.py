@@ -23,7 +23,7 @@ from longrope_export.finetune.plan import (
 )
 from longrope_export.finetune.stages import MACHINE, OWN_KEYS, Made
 from longrope_export.models.model import Model
-from longrope_export.search.documents import DATASET, TEXT_SUFFIXES
+from longrope_export.texts import DATASET, TEXT_SUFFIXES
 
 SOURCE = "source"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
