@@ -445,6 +445,18 @@ def test_changed_settings_and_a_missing_package_are_named(
     assert "pip install 'longrope-export[finetune]'" in run_command(lora, 2).output
 
 
+def test_memory_that_is_too_small_is_told_before_anything_is_read(
+    model_path: Path, factors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longrope_export.finetune.hardware.free_bytes", lambda device: 1_000_000)
+    given = arguments(model_path, factors, tmp_path / "no-such-text", tmp_path / "run")
+    said = run_command(given, 2).output
+    assert "recipe small needs about 0.1 GB of memory" in said
+    assert "--no-memory-check" in said
+    assert "no such file" in run_command([*given, "--no-memory-check"], 2).output
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_inside_the_model_is_refused(model_path: Path, factors: Path, texts: Path) -> None:
     with pytest.raises(OutputError):
         CliRunner().invoke(

@@ -40,7 +40,6 @@ HEADER = ("", "stage", "forward, M tokens", "training, M tokens", "GB", "device-
 @click.option("--hardware", metavar="NAME|NxNAME",
               help="For the estimates: a100-80gb, 8xh100, cpu-core ... [this machine's cores].")  # fmt: skip
 @click.option("--utilization", type=float, help="Share of the peak that is reached [GPUs: 0.4].")
-@click.option("--no-memory-check", is_flag=True, help="Train though the memory seems too small.")
 @json_option
 def command(
     model: str,
@@ -52,7 +51,6 @@ def command(
     dry_run: bool,
     hardware: str | None,
     utilization: float | None,
-    no_memory_check: bool,
     as_json: bool,
 ) -> None:
     """Run a whole plan: search, fine-tune, recover, export, verify, measure.
@@ -94,7 +92,7 @@ def command(
     def check(step: Step) -> None:
         from longrope_export.finetune.costs import finetune_memory
 
-        if step.stage.kind != "finetune" or no_memory_check:
+        if step.stage.kind != "finetune" or step.values.get("no-memory-check"):
             return
         memory = finetune_memory(step, geometry_of(source))
         if memory is not None:

@@ -23,6 +23,7 @@ from longrope_export.cli.common import (
 
 if TYPE_CHECKING:
     from longrope_export.config import LongRopeConfig
+    from longrope_export.finetune.recipes import Recipe
     from longrope_export.finetune.run import Event
     from longrope_export.models.model import Model
 
@@ -76,13 +77,14 @@ LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
               show_default=True, help="Of the products of matrices.")  # fmt: skip
 @click.option("--device", help="cpu or cuda [the GPU if there is one].")
+@click.option("--no-memory-check", is_flag=True, help="Train though the memory seems too small.")
 @json_option
 def command(
     model: str, revision: str | None, local_files_only: bool, factors: Path | None,
     tiers: tuple[str, ...], recipe: str, texts: tuple[str, ...],
     validation_texts: tuple[str, ...], validation_documents: int, validation_length: int | None,
     needle_keys: int, output: Path, resume: bool, switch: str | None, rows_per_pass: int,
-    save_steps: int, seed: int, dtype: str, device: str | None, as_json: bool, **changed: Any,
+    save_steps: int, seed: int, dtype: str, device: str | None, no_memory_check: bool, as_json: bool, **changed: Any,
 ) -> None:  # fmt: skip
     """Train a model under its new factors.
 
@@ -115,6 +117,8 @@ def command(
     chosen = load_recipe(recipe).with_values(changed)
     check_recipe(chosen, config)
     passes_per_step(chosen.batch_size, rows_per_pass)
+    if not no_memory_check:
+        check_memory_for(source, chosen, config, rows_per_pass, dtype, device)
     works = read_works(texts)
     base = folder_of(source, output, resume=resume)
     say(f"reading {', '.join(texts)}")
@@ -158,7 +162,35 @@ def folder_of(source: Model, output: Path, *, resume: bool) -> Path:
     return unpacked
 
 
-def make_rows(samples: list[Any], recipe: Any, config: LongRopeConfig, seed: int) -> Any:
+def check_memory_for(
+    source: Model, recipe: Recipe, config: LongRopeConfig, rows: int, dtype: str,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Refuse a training that the memory here is too small for, by docs/extend.md's estimate.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    from longrope_export.finetune import hardware
+    from longrope_export.finetune.estimate import (
+        adapter_parameters,
+        check_memory,
+        geometry_of,
+        training_memory,
+    )
+
+    geometry, rank = geometry_of(source), recipe.lora_rank
+    memory = training_memory(
+        geometry,
+        rows * recipe.row_tokens(config.max_position_embeddings),
+        dtype=dtype,
+        checkpointing=recipe.gradient_checkpointing,
+        trained=adapter_parameters(geometry, rank) if rank else None,
+    )
+    check_memory(memory.total, hardware.free_bytes(device), f"recipe {recipe.name}")
+
+
+def make_rows(samples: list[Any], recipe: Recipe, config: LongRopeConfig, seed: int) -> Any:
     """The rows of a recipe.
 
     Raises:

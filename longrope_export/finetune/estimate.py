@@ -225,7 +225,7 @@ def check_memory(needed_bytes: int, available_bytes: int, what: str) -> None:
         raise ConfigError(
             f"{what} needs about {needed_bytes / 1e9:.1f} GB of memory, here are "
             f"{available_bytes / 1e9:.1f} GB free: take adapters (lora), a shorter window or fewer "
-            f"tokens per row (layout pose), more devices; or try all the same with --no-memory-check"
+            f"tokens per row (layout pose), more devices; or try all the same (--no-memory-check)"
         )
 
 

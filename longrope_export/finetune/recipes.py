@@ -142,6 +142,11 @@ class Recipe:
             changed["steps"] = None
         return dataclasses.replace(self, **changed)
 
+    def row_tokens(self, target: int) -> int:
+        """Tokens of the longest row, for factors that reach `target`."""
+        window = self.window or target
+        return min(self.tokens or window, window) if self.layout == "pose" else window
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return dataclasses.asdict(self) | {"betas": list(self.betas)}
