@@ -1,0 +1,1 @@
+"""Fine-tuning of a model under a LongRopeConfig."""
