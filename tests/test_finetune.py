@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def run_training(
 ) -> tuple[TrainingModel, list[Step]]:
     folder.mkdir(exist_ok=True)
     model = TrainingModel(path, config, recipe, seed=0)
-    steps = train(
+    trained = train(
         model.model,
         rows,
         recipe,
@@ -102,7 +103,7 @@ def run_training(
         seed=0,
         pad_id=0,
     )
-    return model, steps
+    return model, trained.steps
 
 
 def plain_losses(
@@ -314,14 +315,48 @@ def test_a_loss_that_is_no_number_ends_the_training(
         run_training(model_path, config, rows, recipe, tmp_path / "run")
 
 
-def test_a_batch_has_to_be_divisible(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert passes_per_step(8, 2) == 4
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert passes_per_step(8, 2) == 2
+def test_a_batch_has_to_be_divisible() -> None:
+    assert passes_per_step(8, 2, world=1, ranks=1) == 4
+    assert passes_per_step(8, 2, world=2, ranks=1) == 2
+    assert passes_per_step(8, 2, world=4, ranks=2) == 2
     with pytest.raises(UnsupportedError, match="--batch-size or --rows-per-pass"):
-        passes_per_step(6, 2)
+        passes_per_step(6, 2, world=2, ranks=1)
     with pytest.raises(UnsupportedError, match="cannot be divided"):
-        passes_per_step(1, 2)
+        passes_per_step(1, 2, world=1, ranks=1)
+    with pytest.raises(UnsupportedError, match="a divisor of the 4"):
+        passes_per_step(6, 2, world=4, ranks=3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param((), id="FSDP2"),
+        pytest.param(("--sequence-parallel", "2"), id="shared rows"),
+        pytest.param(("--sequence-parallel", "2", "--layout", "documents"), id="shared, packed"),
+        pytest.param(("--lora", "2", "--gradient-checkpointing"), id="adapters"),
+    ],
+)
+def test_two_processes_train_as_one(
+    model_path: Path, factors: Path, texts: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    same = [word for word in more if word not in ("--sequence-parallel", "2") or "--lora" in more]
+    run_command(arguments(model_path, factors, texts, tmp_path / "one", *same))
+    given = arguments(model_path, factors, texts, tmp_path / "two", *more, "--device", "cpu")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    result = subprocess.run(
+        [sys.executable, *launcher, "longrope_export", *given],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [s.loss for s in two] == pytest.approx([s.loss for s in one], abs=1e-4)
+    assert [(s.targets, s.tokens) for s in two if "--sequence-parallel" not in more] == [
+        (s.targets, s.tokens) for s in one if "--sequence-parallel" not in more
+    ]
+    assert [s.gradient_norm for s in two] == pytest.approx([s.gradient_norm for s in one], rel=1e-2)
+    first, second = (load_torch_model(tmp_path / name / "model")[0] for name in ("one", "two"))
+    for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-4), name
 
 
 # -- the command
@@ -422,6 +457,8 @@ def test_the_command_killed_at_any_moment_goes_on_to_the_same_losses(
         (["--layout", "mixed", "--rule", "frozen", "--short-share", "2"], "short_share"),
         (["--learning-rate", "-1"], "learning_rate is -1"),
         (["--resume"], "no run to resume"),
+        (["--sequence-parallel", "2"], "a divisor of the 1 process(es)"),
+        (["--sequence-parallel", "2", "--rule", "causal"], "use --rule frozen"),
     ],
 )  # fmt: skip
 def test_wrong_use_says_what_to_do(
@@ -446,15 +483,15 @@ def test_changed_settings_and_a_missing_package_are_named(
 
 
 def test_memory_that_is_too_small_is_told_before_anything_is_read(
-    model_path: Path, factors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_path: Path, factors: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("longrope_export.finetune.hardware.free_bytes", lambda device: 1_000_000)
-    given = arguments(model_path, factors, tmp_path / "no-such-text", tmp_path / "run")
+    given = arguments(model_path, factors, texts, tmp_path / "run")
     said = run_command(given, 2).output
     assert "recipe small needs about 0.1 GB of memory" in said
     assert "--no-memory-check" in said
-    assert "no such file" in run_command([*given, "--no-memory-check"], 2).output
     assert not (tmp_path / "run").exists()
+    run_command([*given, "--steps", "1", "--no-memory-check"])
 
 
 def test_a_folder_inside_the_model_is_refused(model_path: Path, factors: Path, texts: Path) -> None:

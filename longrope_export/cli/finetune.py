@@ -72,6 +72,10 @@ LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
               help="Rule that is written [the better one, measured].")  # fmt: skip
 @click.option("--rows-per-pass", type=int, default=1, show_default=True,
               help="Rows that a device computes at once.")  # fmt: skip
+@click.option("--sequence-parallel", type=int, default=1, show_default=True, metavar="RANKS",
+              help="Processes of torchrun that share each row.")  # fmt: skip
+@click.option("--backend", type=click.Choice(["gather", "context"]), default="gather",
+              show_default=True, help="Of their attention: ours, or torch's ring (CUDA).")  # fmt: skip
 @click.option("--save-steps", type=int, default=50, show_default=True, help="Between checkpoints.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
@@ -84,7 +88,7 @@ def command(
     tiers: tuple[str, ...], recipe: str, texts: tuple[str, ...],
     validation_texts: tuple[str, ...], validation_documents: int, validation_length: int | None,
     needle_keys: int, output: Path, resume: bool, switch: str | None, rows_per_pass: int,
-    save_steps: int, seed: int, dtype: str, device: str | None, no_memory_check: bool, as_json: bool, **changed: Any,
+    sequence_parallel: int, backend: str, save_steps: int, seed: int, dtype: str, device: str | None, no_memory_check: bool, as_json: bool, **changed: Any,
 ) -> None:  # fmt: skip
     """Train a model under its new factors.
 
@@ -97,12 +101,20 @@ def command(
     longrope-export finetune model/ --factors f.json --text books/ -o tuned/
     longrope-export finetune model/ --factors f.json --recipe longrope-llama2-128k \\
         --text books/ --validation-text held-out/ -o tuned/
+    torchrun --nproc-per-node 8 -m longrope_export finetune model/ --factors f.json \\
+        --recipe longrope-llama2-128k --text books/ -o tuned/ --dtype bfloat16
     longrope-export gguf tuned/model --factors tuned/factors.json -o model.gguf
     """
     from longrope_export.config import SwitchPolicy
     from longrope_export.errors import ConfigError
+    from longrope_export.finetune.distributed import (
+        ALONE,
+        is_launched,
+        process_group,
+        wait_for_all,
+    )
     from longrope_export.finetune.metrics import read_metrics
-    from longrope_export.finetune.recipes import load_recipe
+    from longrope_export.finetune.recipes import Rule, load_recipe
     from longrope_export.finetune.run import FinetuneOptions, check_recipe, finetune
     from longrope_export.finetune.samples import make_samples
     from longrope_export.finetune.training import Machine, passes_per_step
@@ -116,34 +128,54 @@ def command(
         raise ConfigError("finetune needs --factors or --tier: factors to train under")
     chosen = load_recipe(recipe).with_values(changed)
     check_recipe(chosen, config)
-    passes_per_step(chosen.batch_size, rows_per_pass)
-    if not no_memory_check:
-        check_memory_for(source, chosen, config, rows_per_pass, dtype, device)
+    if sequence_parallel > 1 and chosen.rule is not Rule.FROZEN:
+        raise ConfigError(
+            f"--sequence-parallel: a process sees only a part of the positions, so rule "
+            f"{chosen.rule} cannot be followed: use --rule frozen"
+        )
+    given = [*texts, *validation_texts]
     works = read_works(texts)
-    base = folder_of(source, output, resume=resume)
-    say(f"reading {', '.join(texts)}")
-    samples = make_samples(works, load_torch_tokenizer(base))
-    rows = make_rows(samples, chosen, config, seed)
-    validation = None
-    if validation_texts and validation_documents:
-        validation = read_validation(
-            source, validation_texts, validation_length or config.max_position_embeddings,
-            validation_documents, needle_keys, seed,
-        )  # fmt: skip
-    options = FinetuneOptions(
-        chosen, None if switch is None else SwitchPolicy(switch), seed, hash_of(samples)
+    machine = Machine(
+        device or best_device(), dtype, rows_per_pass, save_steps, sequence_parallel, backend
     )
-    machine = Machine(device or best_device(), dtype, rows_per_pass, save_steps)
-    with show_progress() as observe:
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(process_group(device)) if is_launched() else ALONE
+        passes_per_step(chosen.batch_size, rows_per_pass, place.world, sequence_parallel)
+        if not no_memory_check:
+            at_once = rows_per_pass * place.world / sequence_parallel
+            check_memory_for(source, chosen, config, at_once, dtype, device)
+        tell = say if place.is_first else silence
+        if place.is_first:
+            base = folder_of(source, output, resume=resume)
+        wait_for_all()
+        base = folder_of(source, output, resume=True)
+        tell(f"reading {', '.join(given)}")
+        samples = make_samples(works, load_torch_tokenizer(base))
+        rows = make_rows(samples, chosen, config, seed)
+        rule = None if switch is None else SwitchPolicy(switch)
+        options = FinetuneOptions(chosen, rule, seed, hash_of(samples))
+        validation = None
+        if validation_texts and validation_documents:
+            validation = read_validation(
+                source, validation_texts, validation_length or config.max_position_embeddings,
+                validation_documents, needle_keys, seed,
+            )  # fmt: skip
+        observe = stack.enter_context(show_progress()) if place.is_first else silence
         result = finetune(
             base, config, rows, options, output, machine, write_tuned,
             validation=validation, resume=resume, observe=observe,
         )  # fmt: skip
+    if not place.is_first:
+        return
     write_plot(read_metrics(output), output)
     if as_json:
         print_json(result)
     if not is_quiet():
         say_result(result, output)
+
+
+def silence(_: Any) -> None:
+    """What all processes but the first say."""
 
 
 def folder_of(source: Model, output: Path, *, resume: bool) -> Path:
@@ -163,7 +195,7 @@ def folder_of(source: Model, output: Path, *, resume: bool) -> Path:
 
 
 def check_memory_for(
-    source: Model, recipe: Recipe, config: LongRopeConfig, rows: int, dtype: str,
+    source: Model, recipe: Recipe, config: LongRopeConfig, rows: float, dtype: str,
     device: str | None,
 ) -> None:  # fmt: skip
     """Refuse a training that the memory here is too small for, by docs/extend.md's estimate.
@@ -182,7 +214,7 @@ def check_memory_for(
     geometry, rank = geometry_of(source), recipe.lora_rank
     memory = training_memory(
         geometry,
-        rows * recipe.row_tokens(config.max_position_embeddings),
+        int(rows * recipe.row_tokens(config.max_position_embeddings)),
         dtype=dtype,
         checkpointing=recipe.gradient_checkpointing,
         trained=adapter_parameters(geometry, rank) if rank else None,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from longrope_export.errors import LongRopeError, ToolError
@@ -13,6 +14,9 @@ from longrope_export.errors import LongRopeError, ToolError
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+
+
+PATIENCE = timedelta(days=2)  # the others wait while the first process measures
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,15 @@ class Place:
 
     rank: int
     world: int
-    device: torch.device
+    device: torch.device | None
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
+
+
+ALONE = Place(0, 1, None)
 
 
 @contextmanager
@@ -69,7 +76,7 @@ def process_group(device: str | None = None) -> Iterator[Place]:
     backend = "nccl" if kind == "cuda" else "gloo"
     try:
         if dist.is_torchelastic_launched():
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=PATIENCE)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     except (RuntimeError, ValueError) as error:
@@ -81,6 +88,28 @@ def process_group(device: str | None = None) -> Iterator[Place]:
         yield Place(dist.get_rank(), dist.get_world_size(), own)
     finally:
         dist.destroy_process_group()
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Of the process group that this process is in; (0, 1) without one."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def wait_for_all() -> None:
+    """Until every process has come here; nothing without a process group."""
+    import torch.distributed as dist
+
+    if rank_and_world()[1] > 1:
+        dist.barrier()
 
 
 def sequence_group(ranks: int) -> ProcessGroup:

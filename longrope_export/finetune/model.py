@@ -59,6 +59,10 @@ class TrainingModel:
             torch.manual_seed(seed)
             self.model = _with_adapters(causal_lm, recipe)
 
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over the weights of a training of several processes."""
+        self.model.load_state_dict(state, strict=False)  # tied weights may stand in it once
+
     def save(self, source: Path, folder: Path) -> None:
         """Write a plain Hugging Face folder, adapters merged, in the dtype that the source is stored in.
 
@@ -98,6 +102,7 @@ def _loss_forward(
     attention_mask: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     labels: Tensor | None = None,
+    document_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
     """In place of a causal language model's forward.
@@ -108,15 +113,18 @@ def _loss_forward(
         num_items_in_batch: targets of the whole step, over which the loss is a mean; None for this
             batch's own.
         labels: not used; the trainer counts by it.
+        document_ids: (rows, n) where rows are shared between processes, see shard_row.
 
     Returns:
         loss, a scalar.
     """
+    documents = {} if document_ids is None else {"document_ids": document_ids}
     hidden = self.get_decoder()(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=attention_mask,
         use_cache=False,
+        **documents,
     ).last_hidden_state
     losses = token_losses(self, hidden.flatten(0, 1), shift_labels.flatten())[0]
     count = num_items_in_batch

@@ -24,16 +24,28 @@ from longrope_export.models.token_losses import IGNORED
 
 
 class RowDataset(Dataset[Row]):
-    """The first `count` rows of a training, in order."""
+    """The first `count` rows of a training, in order, each once for every process that shares it.
 
-    def __init__(self, rows: TrainingRows, count: int) -> None:
+    Args:
+        at_once: rows of a batch of one process.
+        world: processes; batch k goes to process k % world.
+        ranks: neighbouring processes that get the same batches.
+    """
+
+    def __init__(
+        self, rows: TrainingRows, count: int, at_once: int, world: int, ranks: int
+    ) -> None:
         self.rows, self.count = rows, count
+        self.at_once, self.world, self.ranks = at_once, world, ranks
 
     def __len__(self) -> int:
-        return self.count
+        return self.count * self.ranks
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows.row(index)
+        batch, place = divmod(index, self.at_once)
+        turn, process = divmod(batch, self.world)
+        shared = turn * (self.world // self.ranks) + process // self.ranks
+        return self.rows.row(shared * self.at_once + place)
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
@@ -56,7 +68,11 @@ class RowTrainer(Trainer):
         arguments: of transformers.
         rows, count: what is trained on.
         pad_id: fills rows of a batch up to one length.
+        ranks: neighbouring processes that share each row.
         on_step: told of every step, in every process.
+
+    Attributes:
+        shard: where rows are shared, what a process computes of a batch; see shard_row.
     """
 
     def __init__(
@@ -66,17 +82,20 @@ class RowTrainer(Trainer):
         rows: TrainingRows,
         count: int,
         pad_id: int,
+        ranks: int,
         on_step: Callable[[Step], None],
     ) -> None:
+        at_once, world = arguments.per_device_train_batch_size, arguments.world_size
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=RowDataset(rows, count),
+            train_dataset=RowDataset(rows, count, at_once, world, ranks),
             data_collator=lambda parts: collate(parts, pad_id),
             callbacks=[_Watch(self)],
         )
         self.model_accepts_loss_kwargs = True
-        self.on_step = on_step
+        self.ranks, self.on_step = ranks, on_step
+        self.shard: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -98,8 +117,8 @@ class RowTrainer(Trainer):
                 loss=loss,
                 learning_rate=self._rate,
                 gradient_norm=self._norm,
-                targets=round(targets * self.args.world_size),
-                tokens=round(tokens * self.args.world_size),
+                targets=round(targets * self.args.world_size / self.ranks),
+                tokens=round(tokens * self.args.world_size / self.ranks),
                 seconds=time.monotonic() - self._begin,
             )
         )
@@ -121,6 +140,23 @@ class RowTrainer(Trainer):
         self._targets += int(inputs["shift_labels"].ne(IGNORED).sum())
         self._tokens += inputs["input_ids"].numel()
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if self.shard is None:
+            return prepared
+        names = ("input_ids", "position_ids", "attention_mask", "labels")
+        batch = {name: prepared[name] for name in names if name in prepared}
+        if "attention_mask" not in batch:  # packed: a document begins where positions do not go on
+            places = batch["position_ids"]
+            begins = places[:, 1:] != places[:, :-1] + 1
+            batch["document_ids"] = nn.functional.pad(begins.long().cumsum(1), (1, 0))
+        shard = self.shard(batch)
+        return {**shard, "shift_labels": shard.pop("targets")}
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        count = super()._get_num_items_in_batch(*args, **kwargs)
+        return None if count is None else count / self.ranks  # every sharer has counted the row
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

@@ -16,6 +16,7 @@ from longrope_export.definition import to_json
 from longrope_export.errors import ConfigError, OutputError
 from longrope_export.evaluate.memory_use import PeakMemory
 from longrope_export.factor_files import write_factors
+from longrope_export.finetune.distributed import rank_and_world, wait_for_all
 from longrope_export.finetune.metrics import Step
 from longrope_export.finetune.recipes import Recipe, Rule
 from longrope_export.finetune.tables import FORMAT
@@ -103,7 +104,7 @@ def finetune(
         resume: go on with the run that is there; one that is done gives its result again.
 
     Returns:
-        What result.json holds.
+        What result.json holds; nothing in any but the first of several processes.
 
     Raises:
         ConfigError: a run with other settings, a recipe that asks for more than the factors reach.
@@ -122,9 +123,12 @@ def finetune(
         "factors": {**to_json(config), "provenance": None},
         "options": options.to_json() | {"dtype": machine.dtype},
     }
-    open_settings(folder, settings, resume=resume)
+    if rank_and_world()[0] == 0:
+        open_settings(folder, settings, resume=resume)
+    wait_for_all()
     with (folder / SETTINGS).open() as held:
-        lock_run(held, folder)
+        if rank_and_world()[0] == 0:
+            lock_run(held, folder)
         if (folder / RESULT).is_file():
             done: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
             return done
@@ -172,6 +176,8 @@ class _Work:
         begin, memory = time.monotonic(), PeakMemory()
         steps = self._train()
         seconds, peak = time.monotonic() - begin, memory.peak_bytes()
+        if rank_and_world()[0] > 0:
+            return {}
         after = self._measure(self.folder / PLAIN, "after")
         switch = self.options.switch or self.config.switch
         if self.options.switch is None and after:
@@ -207,7 +213,7 @@ class _Work:
         return result
 
     def _measure(self, path: Path, name: str) -> list[Any]:
-        if self.validation is None:
+        if self.validation is None or rank_and_world()[0] > 0:
             return []
         words = f"measuring {name} training"
         self.observe(Event(words))
@@ -234,7 +240,7 @@ class _Work:
         training = TrainingModel(
             self.base, self.config, recipe, self.options.seed, self.machine.device
         )
-        found = train(
+        trained = train(
             training.model,
             self.rows,
             recipe,
@@ -245,6 +251,11 @@ class _Work:
             pad_id=PAD_ID,
             on_step=lambda step: self.observe(Event("training", step=step)),
         )
+        if rank_and_world()[0] > 0:
+            return trained.steps
+        if trained.state is not None:  # this model holds a part of the weights
+            training = TrainingModel(self.base, self.config, recipe, self.options.seed)
+            training.load(trained.state)
         with replace_folder_when_done(self.folder / PLAIN) as temporary:
             training.save(self.base, temporary)
-        return found
+        return trained.steps

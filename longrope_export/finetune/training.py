@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrope_export.errors import UnsupportedError
 from longrope_export.finetune.checkpoints import last_checkpoint, step_of
+from longrope_export.finetune.distributed import (
+    enable_fsdp_on_cpu,
+    fsdp_arguments,
+    rank_and_world,
+    sequence_group,
+)
 from longrope_export.finetune.metrics import Metrics, Step
 from longrope_export.finetune.recipes import Recipe
+from longrope_export.finetune.sequence_parallel import sequence_parallel
 
 if TYPE_CHECKING:
     from longrope_export.finetune.rows import TrainingRows
@@ -29,14 +36,30 @@ class Machine:
         dtype: float32, or bfloat16 for the products of matrices (autocast; weights stay float32).
         rows_per_pass: rows that one device computes at once; the rest of a batch is accumulated.
         save_steps: a checkpoint after so many steps.
-        more: further arguments of transformers.TrainingArguments.
+        sequence_ranks: processes that share each row, for windows that one device cannot hold.
+        backend: of their attention, see sequence_parallel.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
     rows_per_pass: int = 1
     save_steps: int = 50
-    more: dict[str, Any] = field(default_factory=dict)
+    sequence_ranks: int = 1
+    backend: str = "gather"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gave.
+
+    Attributes:
+        steps: all of them, those before a kill included.
+        state: of several processes, the whole state dict, in the first of them; None where the
+            model that was trained holds it.
+    """
+
+    steps: list[Step]
+    state: dict[str, Any] | None
 
 
 def train(
@@ -50,7 +73,7 @@ def train(
     seed: int,
     pad_id: int,
     on_step: Callable[[Step], None] = lambda step: None,
-) -> list[Step]:
+) -> Trained:
     """Train, from the last whole checkpoint of the folder where there is one.
 
     Args:
@@ -60,15 +83,15 @@ def train(
             losses of an unbroken one.
         steps: optimizer steps.
 
-    Returns:
-        All steps, those before a kill included.
-
     Raises:
         UnsupportedError: accelerate is not installed; a batch that the processes cannot divide.
         ModelError: the loss is not a finite number.
         OutputError: the disk is full.
     """
-    passes = passes_per_step(recipe.batch_size, machine.rows_per_pass)
+    world = rank_and_world()[1]
+    passes = passes_per_step(
+        recipe.batch_size, machine.rows_per_pass, world, machine.sequence_ranks
+    )
     try:
         from transformers import PrinterCallback, TrainingArguments
 
@@ -99,7 +122,7 @@ def train(
             disable_tqdm=True,
             remove_unused_columns=False,
             seed=seed,
-            **machine.more,
+            **(fsdp_arguments() if world > 1 else {}),
         )
     except ImportError as error:
         raise UnsupportedError(
@@ -108,29 +131,47 @@ def train(
         ) from error
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     first = step_of(checkpoint) if checkpoint else 0
-    metrics = Metrics(folder, first, is_writer=int(os.environ.get("RANK", "0")) == 0)
+    metrics = Metrics(folder, first, is_writer=rank_and_world()[0] == 0)
 
     def keep(step: Step) -> None:
         metrics.add(step)
         on_step(step)
 
-    trainer = RowTrainer(model, arguments, rows, steps * recipe.batch_size, pad_id, keep)
+    ranks = machine.sequence_ranks
+    trainer = RowTrainer(model, arguments, rows, steps * recipe.batch_size, pad_id, ranks, keep)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return metrics.steps
+    if world > 1 and machine.device == "cpu":
+        enable_fsdp_on_cpu(trainer)
+    with contextlib.ExitStack() as stack:
+        if ranks > 1:
+            group = sequence_group(ranks)
+            shared = stack.enter_context(sequence_parallel(model, group, machine.backend))
+            trainer.shard = shared.shard
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if world > 1 else None
+    return Trained(metrics.steps, whole)
 
 
-def passes_per_step(batch_size: int, rows_per_pass: int) -> int:
+def passes_per_step(batch_size: int, rows_per_pass: int, world: int, ranks: int) -> int:
     """Passes that each process accumulates for one step.
 
+    Args:
+        world: processes.
+        ranks: of them, that share each row.
+
     Raises:
-        UnsupportedError: the batch cannot be divided evenly.
+        UnsupportedError: the batch, or the processes, cannot be divided evenly.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets it
-    passes, rest = divmod(batch_size, rows_per_pass * processes)
+    if world % ranks:
+        raise UnsupportedError(
+            f"--sequence-parallel {ranks}: expected a divisor of the {world} process(es) that "
+            f"torchrun started"
+        )
+    passes, rest = divmod(batch_size, rows_per_pass * (world // ranks))
     if rest or not passes:
         raise UnsupportedError(
-            f"a batch of {batch_size} rows cannot be divided evenly among {processes} process(es) "
-            f"that compute {rows_per_pass} row(s) at once: change --batch-size or --rows-per-pass"
+            f"a batch of {batch_size} rows cannot be divided evenly among {world // ranks} group(s) "
+            f"of processes that compute {rows_per_pass} row(s) at once: change --batch-size or "
+            f"--rows-per-pass"
         )
     return passes
