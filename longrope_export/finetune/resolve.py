@@ -223,7 +223,7 @@ class _Resolver(StageReader):
         place = folder / name
         if kind in ("search", "recover", "finetune"):
             factors = place / "factors.json"
-            outputs = (factors, place / "result.json")
+            outputs: tuple[Path, ...] = (factors, place / "result.json")
             if kind == "finetune":
                 outputs = (*outputs, place / "model" / "config.json")
                 self.latest = self.models[name] = Made(place / "model", name, reach, name)
