@@ -247,7 +247,8 @@ def test_an_unknown_plan_is_refused(place: Path) -> None:
 
 
 def test_a_dry_run_shows_commands_and_costs_and_writes_nothing(place: Path) -> None:
-    Path("plan.toml").write_text(PLAN.replace("steps = 10", "steps = 10\nbatch-size = 2"))
+    more = 'steps = 10\nbatch-size = 2\nlora = 0\nlayout = "packed"'
+    Path("plan.toml").write_text(PLAN.replace("steps = 10", more))
     arguments = ["extend", "model", "plan.toml", "-o", "run", "--dry-run"]
     shown = CliRunner().invoke(main, arguments)
     assert shown.exit_code == 0, shown.output
