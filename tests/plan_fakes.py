@@ -1,15 +1,9 @@
-"""A stand-in for longrope-export that writes what stages write, and for `finetune` until it is there."""
+"""A stand-in for longrope-export that writes what stages write."""
 
 from __future__ import annotations
 
 import sys
-import types
 from pathlib import Path
-
-import click
-import pytest
-
-from longrope_export.cli import COMMANDS
 
 # run in the folder of a test: `hang` and `fail` name output folders or files in which it stops
 PROGRAM = """
@@ -50,32 +44,3 @@ def write_program(folder: Path) -> tuple[str, str]:
     path = folder / "fake_longrope_export.py"
     path.write_text(PROGRAM)
     return sys.executable, str(path)
-
-
-@click.command()
-@click.argument("model")
-@click.option("--factors", required=True, type=click.Path())
-@click.option("--recipe")
-@click.option("--steps", type=int)
-@click.option("--window", type=int)
-@click.option("--tokens", type=int)
-@click.option("--batch-size", type=int)
-@click.option("--layout", type=click.Choice(["packed", "documents", "long", "mixed", "pose"]))
-@click.option("--lora", type=int)
-@click.option("--text", multiple=True, required=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-@click.option("--device")
-@click.option("-o", "--output", required=True)
-@click.option("--resume", is_flag=True)
-def finetune(**given: object) -> None:
-    """As far as plans look at it."""
-
-
-def with_finetune(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command `finetune`, where there is none yet."""
-    if "finetune" in COMMANDS:
-        return
-    module = types.ModuleType("longrope_export.cli.finetune")
-    module.command = finetune  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "longrope_export.cli.finetune", module)
-    monkeypatch.setitem(COMMANDS, "finetune", ("finetune", "As far as plans look at it."))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from plan_fakes import with_finetune
 
 from longrope_export.cli import main
 from longrope_export.cli.extend import read_commands
@@ -67,7 +66,6 @@ run = "report"
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_config: Callable[..., Path]) -> Path:
     """The current folder: model/ and books/; a command finetune; every package installed."""
-    with_finetune(monkeypatch)
     hf_config("model")
     (tmp_path / "books").mkdir()
     for name in ("a", "b"):
@@ -248,7 +246,8 @@ def test_an_unknown_plan_is_refused(place: Path) -> None:
 
 
 def test_a_dry_run_shows_commands_and_costs_and_writes_nothing(place: Path) -> None:
-    Path("plan.toml").write_text(PLAN.replace("steps = 10", "steps = 10\nbatch-size = 2"))
+    more = 'steps = 10\nbatch-size = 2\nlora = 0\nlayout = "packed"'
+    Path("plan.toml").write_text(PLAN.replace("steps = 10", more))
     arguments = ["extend", "model", "plan.toml", "-o", "run", "--dry-run"]
     shown = CliRunner().invoke(main, arguments)
     assert shown.exit_code == 0, shown.output

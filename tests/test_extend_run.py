@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from plan_fakes import with_finetune, write_program
+from plan_fakes import write_program
 
 from longrope_export.cli import main
 from longrope_export.cli.extend import read_commands
@@ -51,7 +51,6 @@ FOLDERS = ("01-search", "02-tune", "03-out")
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_config: Callable[..., Path]) -> Path:
     """The current folder: model/, books/, train.txt; a stand-in for the program."""
-    with_finetune(monkeypatch)
     hf_config("model")
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "a.txt").write_text("a book")
@@ -138,13 +137,8 @@ def start() -> subprocess.Popen[bytes]:
     """The same run in a process of its own, whose stage `tune` never ends."""
     Path("hang").write_text("tune")
     code = """
-    import importlib.util, sys, types
+    import importlib.util
     importlib.util.find_spec = lambda name: True
-    from longrope_export.cli import COMMANDS
-    if "finetune" not in COMMANDS:
-        import plan_fakes
-        COMMANDS["finetune"] = ("finetune", "")
-        sys.modules["longrope_export.cli.finetune"] = types.SimpleNamespace(command=plan_fakes.finetune)
     import test_extend_run
     test_extend_run.run()
     """

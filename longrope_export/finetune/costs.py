@@ -187,9 +187,11 @@ def finetune_memory(step: Step, geometry: Geometry) -> Memory | None:
 
 def _row_tokens(values: Mapping[str, Any], step: Step) -> int | None:
     window = values.get("window") or step.reach
+    if window is None:
+        return None
     if values.get("layout") == "pose" and values.get("tokens"):
-        return min(int(values["tokens"]), int(window or values["tokens"]))
-    return None if window is None else int(window)
+        return min(int(values["tokens"]), int(window))
+    return int(window)
 
 
 def _finetune(step: Step, geometry: Geometry) -> Cost | None:
