@@ -127,6 +127,7 @@ def command(
     if config is None:
         raise ConfigError("finetune needs --factors or --tier: factors to train under")
     chosen = load_recipe(recipe).with_values(changed)
+    refuse_ignored(chosen, sequence_parallel, validation_texts)
     check_recipe(chosen, config)
     if sequence_parallel > 1 and chosen.rule is not Rule.FROZEN:
         raise ConfigError(
@@ -172,6 +173,35 @@ def command(
         print_json(result)
     if not is_quiet():
         say_result(result, output)
+
+
+def refuse_ignored(recipe: Recipe, ranks: int, validation_texts: tuple[str, ...]) -> None:
+    """Refuse options that nothing would look at.
+
+    Raises:
+        ConfigError: naming the option and what it belongs to.
+    """
+    from click.core import ParameterSource
+
+    from longrope_export.errors import ConfigError
+
+    context = click.get_current_context()
+    groups = (
+        (("tokens", "chunks", "true_places"), "--layout pose", recipe.layout == "pose"),
+        (("short_share",), "--layout mixed", recipe.layout == "mixed"),
+        (("backend",), "--sequence-parallel", ranks > 1),
+        (
+            ("validation_documents", "validation_length", "needle_keys"),
+            "--validation-text",
+            bool(validation_texts),
+        ),
+    )
+    for names, needed, is_there in groups:
+        for name in names:
+            given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            if given and not is_there:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} belongs to {needed}: here it would be ignored")
 
 
 def silence(_: Any) -> None:
