@@ -116,7 +116,7 @@ def recovery(sizes: Sizes) -> list[dict[str, Any]]:
             "recover": "256,512",
             "algorithm": "practical",
             "documents": "12,12,4",
-            "family-evaluations": sizes.evaluations,
+            "budget-tokens": 48 * sizes.evaluations * 512,
             "gradient-steps": sizes.gradient_steps,
         },
     ]

@@ -39,7 +39,7 @@ def open_settings(folder: Path, settings: dict[str, Any], *, resume: bool) -> No
             _check(folder, json.loads(path.read_text(encoding="utf-8")), settings)
         elif resume:
             raise OutputError(f"{folder}: no {SETTINGS} in it, so there is no run to resume")
-        elif any(folder.iterdir()):
+        elif any(not path.name.endswith(".partial") for path in folder.iterdir()):
             raise OutputError(f"{folder} is not empty: choose a new folder with -o")
         else:
             write_text(path, json.dumps(settings, indent=2) + "\n")

@@ -176,7 +176,8 @@ def test_shipped_recipes_name_source_and_result() -> None:
         ("steps = 3\nlearning_rate = nan", "learning_rate is nan"),
         ("steps = 3\nbatch_size = 2.5", "batch_size is 2.5"),
         ("steps = 3\nbetas = [0.9, 1.0]", "betas"),
-        ("steps = 3\nembeddings_and_norms = true", "belongs to adapters"),
+        ("steps = 3\nlora_alpha = 4", "lora_alpha would be ignored"),
+        ("steps = 3\nlayout = 'packed'\ntokens = 64", "tokens would be ignored"),
         ("steps = ", "not TOML"),
     ],
 )
@@ -489,7 +490,7 @@ def test_changed_settings_and_a_missing_package_are_named(
 def test_memory_that_is_too_small_is_told_before_anything_is_read(
     model_path: Path, factors: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longrope_export.finetune.hardware.free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("longrope_export.finetune.hardware.free_bytes", lambda *given: 1_000_000)
     given = arguments(model_path, factors, texts, tmp_path / "run")
     said = run_command(given, 2).output
     assert "recipe small needs about 0.1 GB of memory" in said

@@ -26,7 +26,7 @@ from longrope_export.finetune.rows import (
     TrainingRows,
     batch,
 )
-from longrope_export.finetune.samples import Sample, make_samples, split_validation
+from longrope_export.finetune.samples import Sample, make_samples
 from longrope_export.hf_runtime import apply_longrope
 from longrope_export.texts import Work, read_texts, read_works
 
@@ -457,45 +457,6 @@ def test_packed_rows_have_no_mask_and_do_not_go_with_jumps() -> None:
         batch(packed + pose, pad_id=0)
     with pytest.raises(ConfigError, match="no rows"):
         batch([], pad_id=0)
-
-
-# validation
-
-
-def test_whole_works_are_held_out() -> None:
-    samples = samples_of(*[30] * 18, 5, 5)
-    train, held, words = split_validation(samples, share=0.2, length=10, seed=3)
-    assert sorted(s.name for s in train + held) == sorted(s.name for s in samples)
-    assert [len(sample) for sample in held] == [30] * 4
-    assert words == "4 of 20 works held out, 120 tokens"
-    assert split_validation(samples, share=0.2, length=10, seed=3).held_out == held
-    assert len(split_validation(samples, number=17, length=10).held_out) == 17
-
-
-def test_the_tail_of_a_single_work_is_held_out() -> None:
-    train, held, words = split_validation(samples_of(9, 1000), share=0.1, length=64)
-    assert [len(sample) for sample in train] == [9, 900]
-    assert held[0].ids[0] == FAR + 900
-    assert held[0].name == "work 1, from token 900"
-    assert "its last 100 of 1000 tokens" in words
-
-
-@pytest.mark.parametrize(
-    ("lengths", "options", "message"),
-    [
-        ((50, 50), {"share": 1.0}, "expected a share between 0 and 1"),
-        ((50, 50), {"number": 0}, "a number from 1"),
-        ((50, 50), {"number": 2}, "2 works .* are to be held out, and 2 of 2"),
-        ((50, 50), {"length": 51}, "0 of 2 works have so many .the longest 50"),
-        ((50, 20), {"length": 30}, "too short to hold out a tail of 30"),
-        ((), {}, "0 of 0 works"),
-    ],
-)
-def test_too_little_to_hold_out_is_refused(
-    lengths: tuple[int, ...], options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        split_validation(samples_of(*lengths), **options)
 
 
 # what a model computes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,18 +40,20 @@ LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
               help="What is learned: .txt, .jsonl, .parquet, texts or chats; repeat it.")  # fmt: skip
 @click.option("--validation-text", "validation_texts", multiple=True,
               metavar="FILE|DIR|dataset:NAME", help="What is only measured, before and after.")  # fmt: skip
-@click.option("--validation-documents", type=int, default=2, show_default=True,
+@click.option("--validation-documents", type=click.IntRange(min=0), default=2, show_default=True,
               help="Windows of it, each passed four times.")  # fmt: skip
-@click.option("--validation-length", type=int, help="Tokens of such a window [the target].")
-@click.option("--needle-keys", type=int, default=5, show_default=True,
+@click.option(
+    "--validation-length", type=click.IntRange(min=2), help="Tokens of such a window [the target]."
+)
+@click.option("--needle-keys", type=click.IntRange(min=0), default=5, show_default=True,
               help="Keys hidden in as many documents more; 0: none.")  # fmt: skip
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run."
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
-@click.option("--steps", type=int, help="Optimizer steps [the recipe's].")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps [the recipe's].")
 @click.option("--epochs", type=float, help="Or passes over the text.")
-@click.option("--batch-size", type=int, help="Rows of one step.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Rows of one step.")
 @click.option("--learning-rate", type=float, help="Its peak.")
 @click.option("--warmup-steps", type=int, help="Steps in which it rises.")
 @click.option("--schedule", type=click.Choice(["linear", "cosine", "constant_with_warmup"]),
@@ -70,17 +73,23 @@ LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
               help="Less memory for a third more work.")  # fmt: skip
 @click.option("--switch", type=click.Choice(["causal", "sequence"]),
               help="Rule that is written [the better one, measured].")  # fmt: skip
-@click.option("--rows-per-pass", type=int, default=1, show_default=True,
+@click.option("--rows-per-pass", type=click.IntRange(min=1), default=1, show_default=True,
               help="Rows that a device computes at once.")  # fmt: skip
-@click.option("--sequence-parallel", type=int, default=1, show_default=True, metavar="RANKS",
+@click.option("--sequence-parallel", type=click.IntRange(min=1), default=1, show_default=True, metavar="RANKS",
               help="Processes of torchrun that share each row.")  # fmt: skip
 @click.option("--backend", type=click.Choice(["gather", "context"]), default="gather",
               show_default=True, help="Of their attention: ours, or torch's ring (CUDA).")  # fmt: skip
-@click.option("--save-steps", type=int, default=50, show_default=True, help="Between checkpoints.")
+@click.option(
+    "--save-steps",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Between checkpoints.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
               show_default=True, help="Of the products of matrices.")  # fmt: skip
-@click.option("--device", help="cpu or cuda [the GPU if there is one].")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[the GPU if there is one].")
 @click.option("--no-memory-check", is_flag=True, help="Train though the memory seems too small.")
 @json_option
 def command(
@@ -111,7 +120,6 @@ def command(
         ALONE,
         is_launched,
         process_group,
-        wait_for_all,
     )
     from longrope_export.finetune.metrics import read_metrics
     from longrope_export.finetune.recipes import Rule, load_recipe
@@ -146,12 +154,9 @@ def command(
             at_once = rows_per_pass * place.world / sequence_parallel
             check_memory_for(source, chosen, config, at_once, dtype, device)
         tell = say if place.is_first else silence
-        if place.is_first:
-            base = folder_of(source, output, resume=resume)
-        wait_for_all()
-        base = folder_of(source, output, resume=True)
         tell(f"reading {', '.join(given)}")
-        samples = make_samples(works, load_torch_tokenizer(base))
+        samples = make_samples(works, load_torch_tokenizer(source.path))
+        check_vocabulary(source, samples)
         rows = make_rows(samples, chosen, config, seed)
         rule = None if switch is None else SwitchPolicy(switch)
         options = FinetuneOptions(chosen, rule, seed, hash_of(samples))
@@ -163,7 +168,7 @@ def command(
             )  # fmt: skip
         observe = stack.enter_context(show_progress()) if place.is_first else silence
         result = finetune(
-            base, config, rows, options, output, machine, write_tuned,
+            source.path, config, rows, options, output, machine, Folders(source),
             validation=validation, resume=resume, observe=observe,
         )  # fmt: skip
     if not place.is_first:
@@ -208,20 +213,64 @@ def silence(_: Any) -> None:
     """What all processes but the first say."""
 
 
-def folder_of(source: Model, output: Path, *, resume: bool) -> Path:
-    """The model as a Hugging Face folder: itself, or what a GGUF is unpacked to, beside the run."""
-    from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
-    from longrope_export.models.model import ModelKind
+class Folders:
+    """Reads and writes the folders of a run, by the safetensors exporter."""
 
-    if source.kind is ModelKind.HF:
-        return source.path
-    unpacked = output.with_name(output.name + ".source")
-    if not (unpacked.is_dir() and resume):
-        say(f"unpacking {source.path} to {unpacked}")
-        SafetensorsConverter(SafetensorsOptions(dtype="f32", force=True)).convert(
-            source, None, unpacked, lambda count: None
+    def __init__(self, source: Model) -> None:
+        self.source = source
+
+    def unpack(self, output: Path) -> None:
+        """The source, a GGUF, as a Hugging Face folder in float32."""
+        from longrope_converters.to_safetensors.convert import (
+            SafetensorsConverter,
+            SafetensorsOptions,
         )
-    return unpacked
+
+        converter = SafetensorsConverter(SafetensorsOptions(dtype="f32"))
+        converter.convert(self.source, None, output, lambda count: None)
+
+    def check(self, base: Path, config: LongRopeConfig) -> None:
+        """Refuse what `write` could not write."""
+        from longrope_export.models.model import load_model
+
+        model = load_model(base)
+        self._converter(model, config).check(model, config)
+
+    def write(self, plain: Path, config: LongRopeConfig, output: Path) -> None:
+        """A folder with the definition; our modelling file too where stock code falls short."""
+        from longrope_export.models.model import load_model
+
+        model = load_model(plain)
+        self._converter(model, config).convert(model, config, output, lambda count: None)
+
+    @staticmethod
+    def _converter(model: Model, config: LongRopeConfig) -> Any:
+        from longrope_converters.to_safetensors.convert import (
+            SafetensorsConverter,
+            SafetensorsOptions,
+        )
+        from longrope_converters.to_safetensors.notes import stock_losses
+
+        lost = bool(stock_losses(config, model))
+        return SafetensorsConverter(SafetensorsOptions(remote_code=lost, link=True, force=True))
+
+
+def check_vocabulary(source: Model, samples: list[Any]) -> None:
+    """Refuse a tokenizer whose ids the model has no rows for.
+
+    Raises:
+        ModelError: with both numbers.
+    """
+    from longrope_export.errors import ModelError
+    from longrope_export.finetune.estimate import geometry_of
+
+    largest = max((int(sample.ids.max()) for sample in samples), default=0)
+    rows = geometry_of(source).vocabulary_size
+    if largest >= rows:
+        raise ModelError(
+            f"{source.path}: the tokenizer gives id {largest}, the embedding has {rows} rows: the "
+            f"tokenizer is another model's"
+        )
 
 
 def check_memory_for(
@@ -249,7 +298,14 @@ def check_memory_for(
         checkpointing=recipe.gradient_checkpointing,
         trained=adapter_parameters(geometry, rank) if rank else None,
     )
-    check_memory(memory.total, hardware.free_bytes(device), f"recipe {recipe.name}")
+    here = processes_here()  # of all processes' memory, the share of this machine
+    needed = memory.total * here // max(here, int(os.environ.get("WORLD_SIZE", "1")))
+    check_memory(needed, hardware.free_bytes(device, here), f"recipe {recipe.name}")
+
+
+def processes_here() -> int:
+    """How many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def make_rows(samples: list[Any], recipe: Recipe, config: LongRopeConfig, seed: int) -> Any:
@@ -299,19 +355,6 @@ def best_device() -> str:
     from torch import cuda
 
     return "cuda" if cuda.is_available() else "cpu"
-
-
-def write_tuned(plain: Path, config: LongRopeConfig, output: Path) -> None:
-    """The tuned folder with the definition in it; our modelling file too where stock falls short."""
-    from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
-    from longrope_converters.to_safetensors.notes import stock_losses
-    from longrope_export.models.model import load_model
-
-    tuned = load_model(plain)
-    options = SafetensorsOptions(
-        remote_code=bool(stock_losses(config, tuned)), link=True, force=True
-    )
-    SafetensorsConverter(options).convert(tuned, config, output, lambda count: None)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from longrope_export.outputs import sync_tree, write_text
@@ -19,6 +20,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None; one that a kill has torn counts nothing."""
     whole = [marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(whole, key=step_of, default=None)
+
+
+def remove_torn(folder: Path) -> None:
+    """Remove what a kill has left half written; it would count where old checkpoints make room."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE).is_file():
+            shutil.rmtree(checkpoint)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -166,7 +166,10 @@ def training_values(step: Step) -> dict[str, Any]:
         recipe = load_recipe(str(step.values.get("recipe")))
         values = {key.replace("_", "-"): value for key, value in recipe.to_json().items()}
         values["lora"] = values.pop("lora-rank", 0)
-    return values | {key: value for key, value in step.values.items() if value is not None}
+    given = {key: value for key, value in step.values.items() if value is not None}
+    if "epochs" in given:
+        values.pop("steps", None)
+    return values | given
 
 
 def finetune_memory(step: Step, geometry: Geometry) -> Memory | None:
@@ -178,7 +181,10 @@ def finetune_memory(step: Step, geometry: Geometry) -> Memory | None:
     rank = int(values.get("lora") or 0)
     return training_memory(
         geometry,
-        row * int(values.get("rows-per-pass") or 1) * step.processes,
+        row
+        * int(values.get("rows-per-pass") or 1)
+        * step.processes
+        // int(values.get("sequence-parallel") or 1),
         dtype=str(values.get("dtype") or "float32"),
         checkpointing=bool(values.get("gradient-checkpointing", True)),
         trained=adapter_parameters(geometry, rank) if rank else None,

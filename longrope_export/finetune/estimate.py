@@ -237,6 +237,8 @@ def _hf_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Shapes from the JSON header of every safetensors file, whose length stands before it."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
+        if path.name.startswith("consolidated"):  # Mistral's own file, the same weights again
+            continue
         try:
             with path.open("rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))

@@ -82,10 +82,11 @@ def this_machine() -> Hardware:
     return parse_hardware(f"{cores or 1}xcpu-core")
 
 
-def free_bytes(device: str | None = None) -> int:
-    """Memory that may be used now: of all GPUs for cuda, else of the machine.
+def free_bytes(device: str | None = None, count: int | None = None) -> int:
+    """Memory that may be used now: of GPUs for cuda, else of the machine.
 
     Args:
+        count: of GPUs that are used; None for all.
         device: as torch names it; None takes the GPUs where there are some.
     """
     if device is None or device.startswith("cuda"):
@@ -94,6 +95,9 @@ def free_bytes(device: str | None = None) -> int:
         except ImportError:
             return available_bytes()
         if torch.cuda.is_available():
-            free = (torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+            free = (
+                torch.cuda.mem_get_info(index)[0]
+                for index in range(torch.cuda.device_count())[:count]
+            )
             return int(sum(free))
     return available_bytes()

@@ -14,6 +14,7 @@ from longrope_export.finetune.recipes import Recipe, Rule
 from longrope_export.hf_runtime import LongRopeRuntime, apply_longrope, remove_longrope
 from longrope_export.models.token_losses import IGNORED, token_losses
 from longrope_export.models.torch_model import load_torch_model
+from longrope_export.verify.certificate import FILE_NAME as CERTIFICATE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,18 +81,20 @@ class TrainingModel:
         self._causal_lm.config.use_cache = True
         self._causal_lm.to(self._stored_dtype).save_pretrained(folder)
         for file in sorted(source.iterdir()):
-            is_weight = file.name.endswith(WEIGHT_FILES)
-            if file.is_file() and not is_weight and not (folder / file.name).exists():
+            is_other = not file.name.endswith(WEIGHT_FILES) and file.name != CERTIFICATE
+            if file.is_file() and is_other and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
 
 
 def stored_dtype(path: Path) -> Any:
-    """torch's dtype of the weights in a folder; float32 where its config names none."""
+    """torch's dtype of the first weights in a folder's safetensors files; float32 without such."""
     import torch
-    from transformers import AutoConfig
+    from safetensors import safe_open
 
-    named = AutoConfig.from_pretrained(path).get_text_config().dtype
-    return named if isinstance(named, torch.dtype) else torch.float32
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            return next((tensors.get_slice(n)[:1].dtype for n in tensors.keys()), torch.float32)  # noqa: SIM118
+    return torch.float32
 
 
 def _loss_forward(
@@ -140,16 +143,10 @@ def _with_adapters(model: Any, recipe: Recipe) -> Any:
         raise UnsupportedError(
             f"adapters need peft: {error}; pip install 'longrope-export[finetune]'"
         ) from error
-    whole = []
-    if recipe.embeddings_and_norms:
-        names = [name for name, _ in model.named_modules()]
-        whole = sorted({name.split(".")[-1] for name in names if "norm" in name.split(".")[-1]})
-        whole.append("embed_tokens")
     settings = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha or 2 * recipe.lora_rank,
         target_modules="all-linear",
-        modules_to_save=whole or None,
         task_type="CAUSAL_LM",
     )
     try:

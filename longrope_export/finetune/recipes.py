@@ -71,7 +71,6 @@ class Recipe:
         rule: see Rule.
         lora_rank: of adapters on every linear layer; 0 tunes all weights.
         lora_alpha: adapters are scaled by alpha / rank; None for twice the rank.
-        embeddings_and_norms: with adapters, also tune these whole (LongLoRA, arXiv 2309.12307).
         gradient_checkpointing: keep only each layer's input for the backward pass.
     """
 
@@ -96,7 +95,6 @@ class Recipe:
     rule: Rule = Rule.FROZEN
     lora_rank: int = 0
     lora_alpha: int | None = None
-    embeddings_and_norms: bool = False
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
@@ -116,8 +114,6 @@ class Recipe:
                 raise self._error(f"{field} is {value!r}, expected a number {'above' if above else 'from'} 0")  # fmt: skip
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise self._error(f"betas are {list(self.betas)}, expected two numbers in [0, 1)")
-        if self.embeddings_and_norms and not self.lora_rank:
-            raise self._error("embeddings_and_norms belongs to adapters; without all is tuned")
 
     def _error(self, words: str) -> ConfigError:
         return ConfigError(f"recipe {self.name}: {words}")
@@ -136,6 +132,8 @@ class Recipe:
             ConfigError: a value that is none.
         """
         changed = {name: value for name, value in values.items() if value is not None}
+        if changed.get("steps") and changed.get("epochs"):
+            raise self._error("steps and epochs are two ways to say the same: give one")
         if "steps" in changed:
             changed["epochs"] = None
         elif "epochs" in changed:
@@ -187,6 +185,19 @@ def _parse(name: str, text: str) -> Recipe:
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"recipe {name}: unknown key {key}{hint}")
+    layout = values.get("layout", "packed")
+    unused = {
+        "tokens": layout == "pose",
+        "chunks": layout == "pose",
+        "true_places": layout == "pose",
+        "short_share": layout == "mixed",
+        "lora_alpha": bool(values.get("lora_rank")),
+    }
+    for key, is_used in unused.items():
+        if key in values and not is_used:
+            raise ConfigError(
+                f"recipe {name}: {key} would be ignored with its layout and lora_rank"
+            )
     try:
         return Recipe(name=name, **values)
     except TypeError as error:

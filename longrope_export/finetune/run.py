@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from longrope_export import __version__
 from longrope_export.config import LongRopeConfig, SwitchPolicy
@@ -35,6 +34,7 @@ RESULT = "result.json"
 FACTORS = "factors.json"
 MODEL = "model"
 PLAIN = "weights"  # the tuned weights, before the definition is written into their folder
+UNPACKED = "source"  # a GGUF as a Hugging Face folder
 PAD_ID = 0  # what fills a batch is never looked at
 
 
@@ -51,6 +51,22 @@ class Event:
     phase: str
     progress: str = ""
     step: Step | None = None
+
+
+class ModelWriter(Protocol):
+    """Whoever reads and writes folders; the converters do."""
+
+    def unpack(self, output: Path) -> None:
+        """Write the source, a GGUF, as a Hugging Face folder in float32."""
+        ...
+
+    def check(self, base: Path, config: LongRopeConfig) -> None:
+        """Refuse, before anything is trained, what `write` could not write."""
+        ...
+
+    def write(self, plain: Path, config: LongRopeConfig, output: Path) -> None:
+        """Write a folder's weights with the definition."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,13 +97,13 @@ class FinetuneOptions:
 
 
 def finetune(
-    base: Path,
+    source: Path,
     config: LongRopeConfig,
     rows: TrainingRows,
     options: FinetuneOptions,
     folder: Path,
     machine: Machine,
-    write_model: Callable[[Path, LongRopeConfig, Path], None],
+    writer: ModelWriter,
     *,
     validation: Validation | None = None,
     resume: bool = False,
@@ -96,10 +112,10 @@ def finetune(
     """Fine-tune a model under one config.
 
     Args:
-        base: a Hugging Face folder.
+        source: a Hugging Face folder, or a GGUF.
         config: the factors; the recipe's rule says which tiers are trained.
         folder: gets model/, factors.json, result.json and metrics.jsonl.
-        write_model: (plain folder, config, output): writes the folder that carries the definition.
+        writer: unpacks a GGUF, and writes the folder that carries the definition.
         validation: documents that are measured before and after; None for none.
         resume: go on with the run that is there; one that is done gives its result again.
 
@@ -114,14 +130,16 @@ def finetune(
     """
     recipe = options.recipe
     check_recipe(recipe, config)
-    if folder.resolve().is_relative_to(base.resolve()):
-        raise OutputError(f"-o {folder} lies in the model {base}: choose another folder")
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise OutputError(f"-o {folder} lies in the model {source}: choose another folder")
     settings = {
         "format": FORMAT,
         "tool": f"longrope-export {__version__}",
-        "model_sha256": content_hash(base),
+        "model_sha256": content_hash(source),
         "factors": {**to_json(config), "provenance": None},
+        "validation": None if validation is None else validation.to_json(),
         "options": options.to_json() | {"dtype": machine.dtype},
+        "several_processes": rank_and_world()[1] > 1,  # their checkpoints are of another kind
     }
     if rank_and_world()[0] == 0:
         open_settings(folder, settings, resume=resume)
@@ -131,9 +149,18 @@ def finetune(
             lock_run(held, folder)
         if (folder / RESULT).is_file():
             done: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            _clean(folder)
             return done
+        base = source
+        if source.is_file():
+            base = folder / UNPACKED
+            if rank_and_world()[0] == 0 and not base.is_dir():
+                observe(Event("unpacking the model"))
+                writer.unpack(base)
+            wait_for_all()
+        writer.check(base, config)
         work = _Work(base, config, rows, options, folder, machine, validation, observe)
-        return work.run(write_model)
+        return work.run(writer)
 
 
 def check_recipe(recipe: Recipe, config: LongRopeConfig) -> None:
@@ -153,6 +180,18 @@ def check_recipe(recipe: Recipe, config: LongRopeConfig) -> None:
             f"recipe {recipe.name}: rule {recipe.rule} trains under several tiers, the factors "
             f"have one: give --ladder to `factors`, or --rule frozen"
         )
+    if recipe.layout == "mixed" and recipe.rule is Rule.SEQUENCE and not config.tiers[0].is_plain:
+        raise ConfigError(
+            f"recipe {recipe.name}: short documents keep the original RoPE, but the first tier (up to "
+            f"{config.tiers[0].max_length}) changes it: make factors whose first tier is plain"
+        )
+
+
+def _clean(folder: Path) -> None:
+    """Remove what a run needs only until its model is written."""
+    if rank_and_world()[0] == 0:
+        for name in (PLAIN, CHECKPOINTS, UNPACKED):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 class _Work:
@@ -171,11 +210,11 @@ class _Work:
         self.folder, self.machine, self.validation = folder, machine, validation
         self.observe = observe
 
-    def run(self, write_model: Callable[[Path, LongRopeConfig, Path], None]) -> dict[str, Any]:
+    def run(self, writer: ModelWriter) -> dict[str, Any]:
         before = self._measure(self.base, "before")
-        begin, memory = time.monotonic(), PeakMemory()
+        memory = PeakMemory()
         steps = self._train()
-        seconds, peak = time.monotonic() - begin, memory.peak_bytes()
+        peak = memory.peak_bytes()
         if rank_and_world()[0] > 0:
             return {}
         after = self._measure(self.folder / PLAIN, "after")
@@ -196,20 +235,19 @@ class _Work:
         provenance = {**self.config.provenance, "finetune": trained}
         config = replace(self.config, switch=switch, provenance=provenance)
         self.observe(Event("writing the model"))
-        write_model(self.folder / PLAIN, config, self.folder / MODEL)
+        writer.write(self.folder / PLAIN, config, self.folder / MODEL)
         write_factors(config, self.folder / FACTORS)
         result = {
             **stamp(FORMAT, 1),
             **trained,
             "switch": switch.value,
-            "training_seconds": seconds,
-            "peak_bytes": peak,
+            "training_seconds": sum(step.seconds for step in steps),
+            "peak_bytes": peak,  # of this process, since it began
             "validation": [d.name for d in self.validation.documents] if self.validation else [],
             "validation_length": self.validation.length if self.validation else None,
         }
         write_text(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
-        for name in (PLAIN, CHECKPOINTS):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        _clean(self.folder)
         return result
 
     def _measure(self, path: Path, name: str) -> list[Any]:

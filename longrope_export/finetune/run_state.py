@@ -49,7 +49,11 @@ class RunState:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            others = [path for path in folder.iterdir() if path.name != LOCK]
+            others = [
+                path
+                for path in folder.iterdir()
+                if path.name != LOCK and not path.name.endswith(".partial")
+            ]
             if others and not (folder / STATE).is_file():
                 raise OutputError(
                     f"{folder} holds other things ({others[0].name}) and no {STATE}: choose a new "
@@ -69,13 +73,13 @@ class RunState:
         entry = self._entries.get(step.folder.name)
         return None if entry is None else str(entry["status"])
 
-    def check(self, steps: Sequence[Step], inputs: Mapping[str, Inputs]) -> None:
-        """Compare what was run with the plan.
+    def check(self, steps: Sequence[Step], inputs: Mapping[str, Inputs], count: int) -> None:
+        """Compare the first `count` stages that were run with the plan.
 
         Raises:
             ConfigError: naming the first stage that was run otherwise, and what has changed.
         """
-        for index, (folder, entry) in enumerate(self._entries.items()):
+        for index, (folder, entry) in enumerate([*self._entries.items()][:count]):
             advice = (
                 f"give what it was, choose another folder with -o, or do it and all behind it again "
                 f"with --from {steps[min(index, len(steps) - 1)].stage.name}"

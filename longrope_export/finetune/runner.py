@@ -60,11 +60,15 @@ def run_plan(
         ToolError: a stage has failed.
     """
     with RunState.open(folder) as state:
+        inputs, first = inputs_of(steps, model), len(steps)
         if again_from is not None:
             _check_name(steps, again_from)
-            state.set_aside([step.stage.name for step in steps].index(again_from))
-        inputs = inputs_of(steps, model)
-        state.check(steps, inputs)
+            first = [step.stage.name for step in steps].index(again_from)
+        state.check(steps, inputs, first)
+        for step in steps[first:]:
+            check(step)
+        if again_from is not None:
+            state.set_aside(first)
         todo = [step for step in steps if state.status(step) != DONE]
         if not todo:
             say(f"{folder}: all {len(steps)} stages are done")

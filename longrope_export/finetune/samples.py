@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,11 +32,6 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def cut(self, first: int, stop: int) -> Sample:
-        """Tokens first..stop-1, named by their place; shares memory with this one."""
-        span = slice(first, stop)
-        return Sample(f"{self.name}, from token {first}", self.ids[span], self.is_target[span])
 
 
 def make_samples(
@@ -148,71 +143,3 @@ def _end_of_turn(text: str, first: int, stop: int, begins: np.ndarray, special: 
     end = first + len(text[first:stop].rstrip())
     last = np.flatnonzero((begins >= first) & (begins < end))
     return end if len(last) and special[last[-1]] else stop
-
-
-class Validation(NamedTuple):
-    """Samples to learn, samples held out, and in words how far they are apart."""
-
-    train: list[Sample]
-    held_out: list[Sample]
-    words: str
-
-
-def split_validation(
-    samples: Sequence[Sample],
-    *,
-    share: float = 0.05,
-    number: int | None = None,
-    length: int = 2,
-    seed: int = 0,
-) -> Validation:
-    """Hold out whole works, drawn by the seed; of a single one, its tail.
-
-    Args:
-        share: of the works that are long enough; at least one work.
-        number: so many works instead.
-        length: tokens that a work needs to be held out, so that it can fill a row of validation.
-            At least one work of this length stays in training.
-        seed: 0 or more.
-
-    Raises:
-        ConfigError: share outside 0..1, number below 1, or too few or too short works.
-    """
-    if not 0 < share < 1 or (number is not None and number < 1) or length < 2 or seed < 0:
-        raise ConfigError(
-            f"validation: expected a share between 0 and 1, a number from 1, a length from 2 and a "
-            f"seed from 0, got share {share}, number {number}, length {length}, seed {seed}"
-        )
-    able = [index for index, sample in enumerate(samples) if len(sample) >= length]
-    if len(able) == 1:
-        return _hold_out_tail(samples, able[0], share, length)
-    count = number if number is not None else max(1, round(share * len(able)))
-    if count >= len(able):
-        longest = max(map(len, samples), default=0)
-        raise ConfigError(
-            f"validation: {count} works of at least {length} tokens are to be held out, and "
-            f"{len(able)} of {len(samples)} works have so many (the longest {longest}): give more "
-            f"or longer works, or hold out less"
-        )
-    chosen = {able[int(k)] for k in np.random.default_rng(seed).permutation(len(able))[:count]}
-    held = [samples[index] for index in sorted(chosen)]
-    train = [sample for index, sample in enumerate(samples) if index not in chosen]
-    words = f"{len(held)} of {len(samples)} works held out, {sum(map(len, held))} tokens"
-    return Validation(train, held, words)
-
-
-def _hold_out_tail(samples: Sequence[Sample], index: int, share: float, length: int) -> Validation:
-    sample = samples[index]
-    kept = min(len(sample) - length, round((1 - share) * len(sample)))
-    if kept < length:
-        raise ConfigError(
-            f"validation: only {sample.name} has {length} tokens, and with {len(sample)} it is too "
-            f"short to hold out a tail of {length}: give more works, or longer ones"
-        )
-    train = [*samples[:index], sample.cut(0, kept), *samples[index + 1 :]]
-    held = sample.cut(kept, len(sample))
-    words = (
-        f"one work is long enough, so its last {len(held)} of {len(sample)} tokens are held out: "
-        f"not another work"
-    )
-    return Validation(train, [held], words)

@@ -123,8 +123,14 @@ class StageReader:
             elif key in _FACTOR_KEYS:
                 value = self._named_factors(key, value, draft)
                 option = replace(option, check=str)  # of a stage before, it is not there yet
-            elif option.is_path and isinstance(value, str) and Path(value).exists():
+            elif (
+                (option.is_path or key == "recipe")
+                and isinstance(value, str)
+                and Path(value).exists()
+            ):
                 draft.files[f"{key} {value}"] = Path(value)
+            elif key == "tier" and isinstance(value, list):
+                draft.files |= {f"tier {v}": Path(str(v).partition("=")[2]) for v in value}
             elif key not in MACHINE:
                 draft.settings[key] = json.dumps(value, default=str)
             if value is None:

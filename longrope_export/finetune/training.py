@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrope_export.errors import UnsupportedError
-from longrope_export.finetune.checkpoints import last_checkpoint, step_of
+from longrope_export.finetune.checkpoints import last_checkpoint, remove_torn, step_of
 from longrope_export.finetune.distributed import (
     enable_fsdp_on_cpu,
     fsdp_arguments,
     rank_and_world,
     sequence_group,
+    wait_for_all,
 )
 from longrope_export.finetune.metrics import Metrics, Step
 from longrope_export.finetune.recipes import Recipe
@@ -124,11 +125,16 @@ def train(
             seed=seed,
             **(fsdp_arguments() if world > 1 else {}),
         )
+        if world == 1:  # else Trainer wraps the model for all GPUs of the machine by itself
+            arguments._n_gpu = min(arguments.n_gpu, 1)
     except ImportError as error:
         raise UnsupportedError(
             f"training needs transformers and accelerate: {error}; "
             f"pip install 'longrope-export[finetune]'"
         ) from error
+    if rank_and_world()[0] == 0:
+        remove_torn(folder / CHECKPOINTS)
+    wait_for_all()
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     first = step_of(checkpoint) if checkpoint else 0
     metrics = Metrics(folder, first, is_writer=rank_and_world()[0] == 0)

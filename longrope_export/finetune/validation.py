@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,12 @@ class Validation:
     documents: tuple[Document, ...]
     needles: tuple[Document, ...]
     length: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run depends on."""
+        texts = [[document.ids, document.answers] for document in (*self.documents, *self.needles)]
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        return {"length": self.length, "documents_sha256": digest}
 
 
 def make_validation(texts: Texts, length: int, count: int, keys: int, seed: int) -> Validation:
