@@ -73,8 +73,8 @@ class RunState:
         entry = self._entries.get(step.folder.name)
         return None if entry is None else str(entry["status"])
 
-    def check(self, steps: Sequence[Step], inputs: Mapping[str, Inputs], count: int) -> None:
-        """Compare the first `count` stages that were run with the plan.
+    def check(self, steps: Sequence[Step], inputs: Mapping[str, Inputs], count: int | None) -> None:
+        """Compare what was run with the plan; of the first `count` stages, or of all.
 
         Raises:
             ConfigError: naming the first stage that was run otherwise, and what has changed.

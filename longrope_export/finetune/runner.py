@@ -60,14 +60,14 @@ def run_plan(
         ToolError: a stage has failed.
     """
     with RunState.open(folder) as state:
-        inputs, first = inputs_of(steps, model), len(steps)
+        inputs, first = inputs_of(steps, model), None
         if again_from is not None:
             _check_name(steps, again_from)
             first = [step.stage.name for step in steps].index(again_from)
         state.check(steps, inputs, first)
-        for step in steps[first:]:
-            check(step)
-        if again_from is not None:
+        if first is not None:
+            for step in steps[first:]:
+                check(step)
             state.set_aside(first)
         todo = [step for step in steps if state.status(step) != DONE]
         if not todo:
