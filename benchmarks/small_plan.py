@@ -51,11 +51,18 @@ class Sizes:
         steps: of each fine-tune, rows of 1024 tokens in fours, of 2048 in twos.
         evaluations: members of the smooth family that a search tries; half as many at 8192.
         gradient_steps: behind them; none at 8192.
+        documents, far_documents, short_documents: of each search for search, validation and test;
+            at 8192; at 256 and 512.
+        against: closed forms that each search compares with.
     """
 
     steps: int = 60
     evaluations: int = 24
     gradient_steps: int = 8
+    documents: str = "4,3,2"
+    far_documents: str = "2,2,1"
+    short_documents: str = "12,12,4"
+    against: str = "pi,ntk,dynamic-ntk,yarn"
 
 
 def toml(values: dict[str, Any]) -> str:
@@ -73,7 +80,8 @@ def search(length: int, sizes: Sizes, **more: Any) -> dict[str, Any]:
         "text": "search",
         "target-length": length,
         "algorithm": "practical",
-        "documents": "2,2,1" if is_last else "4,3,2",
+        "documents": sizes.far_documents if is_last else sizes.documents,
+        "against": sizes.against,
         "family-evaluations": sizes.evaluations // (2 if is_last else 1),
         "gradient-steps": 0 if is_last else sizes.gradient_steps,
         "budget-tokens": (30 if is_last else 6 * sizes.evaluations) * length,
@@ -115,7 +123,7 @@ def recovery(sizes: Sizes) -> list[dict[str, Any]]:
             "text": "search",
             "recover": "256,512",
             "algorithm": "practical",
-            "documents": "12,12,4",
+            "documents": sizes.short_documents,
             "budget-tokens": 48 * sizes.evaluations * 512,
             "gradient-steps": sizes.gradient_steps,
         },

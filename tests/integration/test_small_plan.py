@@ -24,7 +24,8 @@ from longrope_export.cli import main
 from longrope_export.models.model import load_model
 
 pytestmark = pytest.mark.integration
-SMALL = Sizes(steps=8, evaluations=8, gradient_steps=0)  # minutes; the benchmark does more
+# minutes; the benchmark does more
+SMALL = Sizes(8, 8, 0, documents="2,2,1", far_documents="1,1,1", short_documents="6,6,2", against="yarn")  # fmt: skip
 
 
 def test_a_whole_plan_extends_32_times_and_gives_the_short_window_back(
