@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,12 +18,17 @@ from longrope_export.cli.common import (
     print_json,
     say,
 )
-
-if TYPE_CHECKING:
-    from longrope_export.config import LongRopeConfig
-    from longrope_export.finetune.recipes import Recipe
-    from longrope_export.finetune.run import Event
-    from longrope_export.models.model import Model
+from longrope_export.cli.finetune_parts import (
+    Folders,
+    best_device,
+    check_memory_for,
+    check_vocabulary,
+    hash_of,
+    make_rows,
+    read_validation,
+    refuse_ignored,
+)
+from longrope_export.cli.finetune_progress import say_result, show_progress, silence, write_plot
 
 LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
 
@@ -178,258 +180,3 @@ def command(
         print_json(result)
     if not is_quiet():
         say_result(result, output)
-
-
-def refuse_ignored(recipe: Recipe, ranks: int, validation_texts: tuple[str, ...]) -> None:
-    """Refuse options that nothing would look at.
-
-    Raises:
-        ConfigError: naming the option and what it belongs to.
-    """
-    from click.core import ParameterSource
-
-    from longrope_export.errors import ConfigError
-
-    context = click.get_current_context()
-    groups = (
-        (("tokens", "chunks", "true_places"), "--layout pose", recipe.layout == "pose"),
-        (("short_share",), "--layout mixed", recipe.layout == "mixed"),
-        (("backend",), "--sequence-parallel", ranks > 1),
-        (
-            ("validation_documents", "validation_length", "needle_keys"),
-            "--validation-text",
-            bool(validation_texts),
-        ),
-    )
-    for names, needed, is_there in groups:
-        for name in names:
-            given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-            if given and not is_there:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} belongs to {needed}: here it would be ignored")
-
-
-def silence(_: Any) -> None:
-    """What all processes but the first say."""
-
-
-class Folders:
-    """Reads and writes the folders of a run, by the safetensors exporter."""
-
-    def __init__(self, source: Model) -> None:
-        self.source = source
-
-    def unpack(self, output: Path) -> None:
-        """The source, a GGUF, as a Hugging Face folder in float32."""
-        from longrope_converters.to_safetensors.convert import (
-            SafetensorsConverter,
-            SafetensorsOptions,
-        )
-
-        converter = SafetensorsConverter(SafetensorsOptions(dtype="f32"))
-        converter.convert(self.source, None, output, lambda count: None)
-
-    def check(self, base: Path, config: LongRopeConfig) -> None:
-        """Refuse what `write` could not write."""
-        from longrope_export.models.model import load_model
-
-        model = load_model(base)
-        self._converter(model, config).check(model, config)
-
-    def write(self, plain: Path, config: LongRopeConfig, output: Path) -> None:
-        """A folder with the definition; our modelling file too where stock code falls short."""
-        from longrope_export.models.model import load_model
-
-        model = load_model(plain)
-        self._converter(model, config).convert(model, config, output, lambda count: None)
-
-    @staticmethod
-    def _converter(model: Model, config: LongRopeConfig) -> Any:
-        from longrope_converters.to_safetensors.convert import (
-            SafetensorsConverter,
-            SafetensorsOptions,
-        )
-        from longrope_converters.to_safetensors.notes import stock_losses
-
-        lost = bool(stock_losses(config, model))
-        return SafetensorsConverter(SafetensorsOptions(remote_code=lost, link=True, force=True))
-
-
-def check_vocabulary(source: Model, samples: list[Any]) -> None:
-    """Refuse a tokenizer whose ids the model has no rows for.
-
-    Raises:
-        ModelError: with both numbers.
-    """
-    from longrope_export.errors import ModelError
-    from longrope_export.finetune.estimate import geometry_of
-
-    largest = max((int(sample.ids.max()) for sample in samples), default=0)
-    rows = geometry_of(source).vocabulary_size
-    if largest >= rows:
-        raise ModelError(
-            f"{source.path}: the tokenizer gives id {largest}, the embedding has {rows} rows: the "
-            f"tokenizer is another model's"
-        )
-
-
-def check_memory_for(
-    source: Model, recipe: Recipe, config: LongRopeConfig, rows: float, dtype: str,
-    device: str | None,
-) -> None:  # fmt: skip
-    """Refuse a training that the memory here is too small for, by docs/extend.md's estimate.
-
-    Raises:
-        ConfigError: with both numbers.
-    """
-    from longrope_export.finetune import hardware
-    from longrope_export.finetune.estimate import (
-        adapter_parameters,
-        check_memory,
-        geometry_of,
-        training_memory,
-    )
-
-    geometry, rank = geometry_of(source), recipe.lora_rank
-    memory = training_memory(
-        geometry,
-        int(rows * recipe.row_tokens(config.max_position_embeddings)),
-        dtype=dtype,
-        checkpointing=recipe.gradient_checkpointing,
-        trained=adapter_parameters(geometry, rank) if rank else None,
-    )
-    here = processes_here()  # of all processes' memory, the share of this machine
-    needed = memory.total * here // max(here, int(os.environ.get("WORLD_SIZE", "1")))
-    check_memory(needed, hardware.free_bytes(device, here), f"recipe {recipe.name}")
-
-
-def processes_here() -> int:
-    """How many processes torchrun started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def make_rows(samples: list[Any], recipe: Recipe, config: LongRopeConfig, seed: int) -> Any:
-    """The rows of a recipe.
-
-    Raises:
-        ConfigError: texts that are too short for it.
-    """
-    from longrope_export.finetune.rows import Layout, RowSettings, TrainingRows
-
-    window = recipe.window or config.max_position_embeddings
-    settings = RowSettings(
-        window,
-        Layout(recipe.layout),
-        short_length=config.original_max_position_embeddings,
-        short_share=recipe.short_share,
-        tokens=min(recipe.tokens or window, window),
-        chunks=recipe.chunks,
-        true_places=recipe.true_places,
-    )
-    return TrainingRows(samples, settings, seed)
-
-
-def read_validation(
-    source: Model, texts: tuple[str, ...], length: int, count: int, keys: int, seed: int
-) -> Any:
-    """Documents that are measured before and after."""
-    from longrope_export.cli.search import encode_texts
-    from longrope_export.finetune.validation import make_validation
-    from longrope_export.texts import read_texts
-
-    return make_validation(encode_texts(source, read_texts(texts)), length, count, keys, seed)
-
-
-def hash_of(samples: list[Any]) -> str:
-    """Of all tokens and which of them are learned, hex."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.ids.tobytes())
-        digest.update(sample.is_target.tobytes())
-    return digest.hexdigest()
-
-
-def best_device() -> str:
-    from torch import cuda
-
-    return "cuda" if cuda.is_available() else "cpu"
-
-
-@contextlib.contextmanager
-def show_progress() -> Iterator[Callable[[Event], None]]:
-    """Steps, the loss and what is left, on a terminal; else a line now and then."""
-    if is_quiet():
-        yield lambda event: None
-        return
-    if not sys.stderr.isatty():
-        yield say_seldom
-        return
-    from rich.console import Console
-    from rich.progress import (  # fmt: skip
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("starting", total=None, loss="")
-
-        def observe(event: Event) -> None:
-            step = event.step
-            if step is None:
-                progress.update(task, description=event.phase, loss=event.progress)
-            else:
-                loss = f"loss {step.loss:.4f}, {step.tokens / step.seconds:,.0f} tokens/s"
-                progress.update(
-                    task, description=event.phase, total=step.steps, completed=step.step, loss=loss
-                )
-
-        yield observe
-
-
-def say_seldom(event: Event) -> None:
-    """For a log: every phase, and every tenth of the steps."""
-    step = event.step
-    if step is None:
-        if not event.progress:
-            say(event.phase)
-    elif step.step % max(1, step.steps // 10) == 0:
-        say(f"step {step.step} of {step.steps}: loss {step.loss:.4f}, {step.seconds:.1f} s")
-
-
-def write_plot(steps: list[Any], folder: Path) -> None:
-    """loss.png, or a word why there is none."""
-    from longrope_export.errors import ToolError
-    from longrope_export.report.finetune_plots import write_training_plot
-
-    try:
-        write_training_plot(steps, folder)
-    except ToolError as error:
-        say(f"no plot: {error}")
-
-
-def say_result(result: dict[str, Any], folder: Path) -> None:
-    """What was trained, what it gave, and what to do next."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from longrope_export.finetune.tables import HEADER, rule_rows, words
-
-    say(words(result))
-    rows = list(rule_rows(result))
-    if rows:
-        title = f"{len(result['validation'])} windows of {result['validation_length']:,} tokens"
-        table = Table(*HEADER, title=title)
-        for row in rows:
-            table.add_row(*row)
-        Console(stderr=True).print(table)
-    say(f"switch {result['switch']}; {folder}/model and {folder}/factors.json")
-    say(f"next: longrope-export gguf {folder}/model --factors {folder}/factors.json")

@@ -1,0 +1,187 @@
+"""What `finetune` is made of on the command line: checks, rows, and the folders that it reads and writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from longrope_export.config import LongRopeConfig
+    from longrope_export.finetune.recipes import Recipe
+    from longrope_export.models.model import Model
+
+
+def refuse_ignored(recipe: Recipe, ranks: int, validation_texts: tuple[str, ...]) -> None:
+    """Refuse options that nothing would look at.
+
+    Raises:
+        ConfigError: naming the option and what it belongs to.
+    """
+    from click.core import ParameterSource
+
+    from longrope_export.errors import ConfigError
+
+    context = click.get_current_context()
+    groups = (
+        (("tokens", "chunks", "true_places"), "--layout pose", recipe.layout == "pose"),
+        (("short_share",), "--layout mixed", recipe.layout == "mixed"),
+        (("backend",), "--sequence-parallel", ranks > 1),
+        (
+            ("validation_documents", "validation_length", "needle_keys"),
+            "--validation-text",
+            bool(validation_texts),
+        ),
+    )
+    for names, needed, is_there in groups:
+        for name in names:
+            given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            if given and not is_there:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} belongs to {needed}: here it would be ignored")
+
+
+class Folders:
+    """Reads and writes the folders of a run, by the safetensors exporter."""
+
+    def __init__(self, source: Model) -> None:
+        self.source = source
+
+    def unpack(self, output: Path) -> None:
+        """The source, a GGUF, as a Hugging Face folder in float32."""
+        from longrope_converters.to_safetensors.convert import (
+            SafetensorsConverter,
+            SafetensorsOptions,
+        )
+
+        converter = SafetensorsConverter(SafetensorsOptions(dtype="f32"))
+        converter.convert(self.source, None, output, lambda count: None)
+
+    def check(self, base: Path, config: LongRopeConfig) -> None:
+        """Refuse what `write` could not write."""
+        from longrope_export.models.model import load_model
+
+        model = load_model(base)
+        self._converter(model, config).check(model, config)
+
+    def write(self, plain: Path, config: LongRopeConfig, output: Path) -> None:
+        """A folder with the definition; our modelling file too where stock code falls short."""
+        from longrope_export.models.model import load_model
+
+        model = load_model(plain)
+        self._converter(model, config).convert(model, config, output, lambda count: None)
+
+    @staticmethod
+    def _converter(model: Model, config: LongRopeConfig) -> Any:
+        from longrope_converters.to_safetensors.convert import (
+            SafetensorsConverter,
+            SafetensorsOptions,
+        )
+        from longrope_converters.to_safetensors.notes import stock_losses
+
+        lost = bool(stock_losses(config, model))
+        return SafetensorsConverter(SafetensorsOptions(remote_code=lost, link=True, force=True))
+
+
+def check_vocabulary(source: Model, samples: list[Any]) -> None:
+    """Refuse a tokenizer whose ids the model has no rows for.
+
+    Raises:
+        ModelError: with both numbers.
+    """
+    from longrope_export.errors import ModelError
+    from longrope_export.finetune.estimate import geometry_of
+
+    largest = max((int(sample.ids.max()) for sample in samples), default=0)
+    rows = geometry_of(source).vocabulary_size
+    if largest >= rows:
+        raise ModelError(
+            f"{source.path}: the tokenizer gives id {largest}, the embedding has {rows} rows: the "
+            f"tokenizer is another model's"
+        )
+
+
+def check_memory_for(
+    source: Model, recipe: Recipe, config: LongRopeConfig, rows: float, dtype: str,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Refuse a training that the memory here is too small for, by docs/extend.md's estimate.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    from longrope_export.finetune import hardware
+    from longrope_export.finetune.estimate import (
+        adapter_parameters,
+        check_memory,
+        geometry_of,
+        training_memory,
+    )
+
+    geometry, rank = geometry_of(source), recipe.lora_rank
+    memory = training_memory(
+        geometry,
+        int(rows * recipe.row_tokens(config.max_position_embeddings)),
+        dtype=dtype,
+        checkpointing=recipe.gradient_checkpointing,
+        trained=adapter_parameters(geometry, rank) if rank else None,
+    )
+    here = processes_here()  # of all processes' memory, the share of this machine
+    needed = memory.total * here // max(here, int(os.environ.get("WORLD_SIZE", "1")))
+    check_memory(needed, hardware.free_bytes(device, here), f"recipe {recipe.name}")
+
+
+def processes_here() -> int:
+    """How many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def make_rows(samples: list[Any], recipe: Recipe, config: LongRopeConfig, seed: int) -> Any:
+    """The rows of a recipe.
+
+    Raises:
+        ConfigError: texts that are too short for it.
+    """
+    from longrope_export.finetune.rows import Layout, RowSettings, TrainingRows
+
+    window = recipe.window or config.max_position_embeddings
+    settings = RowSettings(
+        window,
+        Layout(recipe.layout),
+        short_length=config.original_max_position_embeddings,
+        short_share=recipe.short_share,
+        tokens=min(recipe.tokens or window, window),
+        chunks=recipe.chunks,
+        true_places=recipe.true_places,
+    )
+    return TrainingRows(samples, settings, seed)
+
+
+def read_validation(
+    source: Model, texts: tuple[str, ...], length: int, count: int, keys: int, seed: int
+) -> Any:
+    """Documents that are measured before and after."""
+    from longrope_export.cli.search import encode_texts
+    from longrope_export.finetune.validation import make_validation
+    from longrope_export.texts import read_texts
+
+    return make_validation(encode_texts(source, read_texts(texts)), length, count, keys, seed)
+
+
+def hash_of(samples: list[Any]) -> str:
+    """Of all tokens and which of them are learned, hex."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.ids.tobytes())
+        digest.update(sample.is_target.tobytes())
+    return digest.hexdigest()
+
+
+def best_device() -> str:
+    from torch import cuda
+
+    return "cuda" if cuda.is_available() else "cpu"
