@@ -53,6 +53,7 @@ class Sizes:
         gradient_steps: behind them; none at 8192.
         documents, far_documents, short_documents: of each search for search, validation and test;
             at 8192; at 256 and 512.
+        far_passes: whole windows of 8192 that the search may compute before it chooses.
         against: closed forms that each search compares with.
     """
 
@@ -62,6 +63,7 @@ class Sizes:
     documents: str = "4,3,2"
     far_documents: str = "2,2,1"
     short_documents: str = "12,12,4"
+    far_passes: int = 30
     against: str = "pi,ntk,dynamic-ntk,yarn"
 
 
@@ -84,7 +86,7 @@ def search(length: int, sizes: Sizes, **more: Any) -> dict[str, Any]:
         "against": sizes.against,
         "family-evaluations": sizes.evaluations // (2 if is_last else 1),
         "gradient-steps": 0 if is_last else sizes.gradient_steps,
-        "budget-tokens": (30 if is_last else 6 * sizes.evaluations) * length,
+        "budget-tokens": (sizes.far_passes if is_last else 6 * sizes.evaluations) * length,
         "needle-keys": 0,
         **more,
     }
