@@ -509,3 +509,23 @@ def test_a_folder_inside_the_model_is_refused(model_path: Path, factors: Path, t
         )
         raise OutputError  # the command line turned it into a message: the folder must not be there
     assert not (model_path / "tuned").exists()
+
+
+def test_a_gguf_is_unpacked_in_the_run_and_another_one_is_refused(
+    model_path: Path, factors: Path, texts: Path, tmp_path: Path
+) -> None:
+    for name, outtype in (("a", "f32"), ("b", "f16")):
+        file = str(tmp_path / f"{name}.gguf")
+        run_command(["gguf", str(model_path), "-o", file, "--outtype", outtype, "--pre", "gpt-2"])
+    given = arguments(tmp_path / "a.gguf", factors, texts, tmp_path / "run", "--steps", "2")
+    run_command(given)
+    plain = arguments(model_path, factors, texts, tmp_path / "plain", "--steps", "2")
+    run_command(plain)
+    one, two = (read_metrics(tmp_path / name) for name in ("run", "plain"))
+    assert [s.loss for s in one] == pytest.approx([s.loss for s in two], abs=1e-5)
+    assert not (tmp_path / "run" / "source").exists()
+    other = [given[0], str(tmp_path / "b.gguf"), *given[2:], "--resume"]
+    assert "model_sha256" in run_command(other, 2).output
+    again = [given[0], str(tmp_path / "b.gguf"), *given[2:]]
+    assert "holds a run already" in run_command(again, 2).output
+    assert load_model(tmp_path / "run" / "model").is_extended
