@@ -71,6 +71,16 @@ def replace_when_done(output: Path) -> Iterator[Path]:
         raise
 
 
+def check_outside(output: Path, model: Path) -> None:
+    """Refuse the folder of a run that lies in the model that it reads.
+
+    Raises:
+        OutputError: nothing has been written yet.
+    """
+    if output.resolve().is_relative_to(model.resolve()):
+        raise OutputError(f"-o {output} lies in the model {model}: choose another folder")
+
+
 def check_output_folder(output: Path, inputs: Iterable[Path], *, force: bool, marker: str) -> None:
     """Refuse an output folder that holds an input, or that exists with something in it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,17 +48,27 @@ def open_settings(folder: Path, settings: dict[str, Any], *, resume: bool) -> No
         raise OutputError(f"cannot write {folder}: {error.strerror}") from error
 
 
-def lock_run(file: IO[Any], folder: Path) -> None:
-    """Hold a file of a run until it is closed, or this process ends.
+def lock_run(
+    file: IO[Any] | int, folder: Path, who: str = "another process", seconds: float = 0.0
+) -> None:
+    """Hold a file of a run until it is closed, or this process and whoever inherits it ends.
+
+    Args:
+        file: open, or its descriptor; it stays open.
+        who: holds it, for the message.
+        seconds: to wait for it.
 
     Raises:
-        OutputError: another process holds it; the file is closed.
+        OutputError: another process holds it.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise OutputError(f"{folder}: another process is at work in it") from error
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise OutputError(f"{folder}: {who} is at work in it") from error
+            time.sleep(0.1)
 
 
 def _check(folder: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -135,9 +135,11 @@ def compute(case: Case) -> dict[str, Any] | None:
 def averaged(value: Any) -> Tensor:
     """As DDP and FSDP do it; FSDP has done it already."""
     if hasattr(value, "full_tensor"):
-        return value.full_tensor()  # type: ignore[no-any-return]
+        whole: Tensor = value.full_tensor()
+        return whole
     dist.all_reduce(value)
-    return value / dist.get_world_size()  # type: ignore[no-any-return]
+    mean: Tensor = value / dist.get_world_size()
+    return mean
 
 
 def sequence(place: Place, folder: Path) -> None:

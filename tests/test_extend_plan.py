@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from longrope_export.cli import main
 from longrope_export.cli.extend import read_commands
 from longrope_export.errors import ConfigError
-from longrope_export.finetune.plan import load_plan, parse_plan, plan_names
+from longrope_export.finetune.plan import load_plan, parse_plan
 from longrope_export.finetune.resolve import resolve
 from longrope_export.finetune.stages import Step
+from longrope_export.finetune.toml_files import shipped_names
 from longrope_export.models.model import load_model
 
 PLAN = """
@@ -223,7 +224,7 @@ def test_two_stages_of_one_name_are_refused_and_unnamed_ones_get_numbers(place: 
         steps_of((stage + 'name = "a"\n') * 2)
 
 
-@pytest.mark.parametrize("name", plan_names())
+@pytest.mark.parametrize("name", shipped_names("plans"))
 def test_shipped_plans_fit_the_commands(place: Path, name: str) -> None:
     model = load_model(Path("model"))
     steps = resolve(load_plan(name), model, Path("run"), read_commands(), dry=True)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,14 +230,11 @@ def test_a_shard_without_targets_has_no_loss_and_no_gradient() -> None:
 
 
 def test_fsdp_is_not_put_on_a_trainer_without_it() -> None:
-    class Trainer:
-        class args:  # noqa: N801
-            fsdp_plugin_args = fsdp = None
-
-        class accelerator:  # noqa: N801
-            class state:  # noqa: N801
-                device = torch.device("cpu")
-
+    state = SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(fsdp_plugin_args=None, fsdp=None),
+        accelerator=SimpleNamespace(state=state),
+    )
     assert fsdp_arguments()["fsdp_config"]["version"] == 2
     with pytest.raises(LongRopeError, match="fsdp_arguments"):
-        enable_fsdp_on_cpu(Trainer)
+        enable_fsdp_on_cpu(trainer)

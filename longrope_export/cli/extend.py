@@ -64,13 +64,14 @@ def command(
     longrope-export extend model/ plan.toml -o run/ --from finetune-128k
     longrope-export extend model/ longrope-llama2 --dry-run --hardware 8xa100-80gb
     """
-    from longrope_export.errors import ConfigError, OutputError
+    from longrope_export.errors import ConfigError
     from longrope_export.finetune.estimate import check_memory, geometry_of
     from longrope_export.finetune.hardware import free_bytes, parse_hardware, this_machine
     from longrope_export.finetune.plan import load_plan
     from longrope_export.finetune.resolve import resolve
     from longrope_export.finetune.runner import run_plan
     from longrope_export.models.model import find_model, load_model
+    from longrope_export.outputs import check_outside
 
     if not dry_run and output is None:
         raise click.UsageError("give -o, the folder of the run, or --dry-run")
@@ -79,8 +80,7 @@ def command(
             raise ConfigError(f"{option} belongs to --dry-run: it would be ignored")
     folder = output or Path("run")
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
-    if folder.resolve().is_relative_to(source.path.resolve()):
-        raise OutputError(f"-o {folder} lies in the model {source.path}: choose another folder")
+    check_outside(folder, source.path)
     written = load_plan(plan)
     steps = resolve(written, source, folder, read_commands(), dry=dry_run)
     if dry_run:

@@ -20,10 +20,8 @@ from longrope_export.cli.common import (
 )
 from longrope_export.cli.finetune_parts import (
     Folders,
-    best_device,
     check_memory_for,
     check_vocabulary,
-    hash_of,
     make_rows,
     read_validation,
     refuse_ignored,
@@ -123,13 +121,14 @@ def command(
         is_launched,
         process_group,
     )
+    from longrope_export.finetune.estimate import geometry_of
     from longrope_export.finetune.metrics import read_metrics
     from longrope_export.finetune.recipes import Rule, load_recipe
     from longrope_export.finetune.run import FinetuneOptions, check_recipe, finetune
-    from longrope_export.finetune.samples import make_samples
+    from longrope_export.finetune.samples import hash_of, make_samples
     from longrope_export.finetune.training import Machine, passes_per_step
     from longrope_export.models.model import find_model, load_model
-    from longrope_export.models.torch_model import load_torch_tokenizer
+    from longrope_export.models.torch_model import default_device, load_torch_tokenizer
     from longrope_export.texts import read_works
 
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
@@ -145,20 +144,21 @@ def command(
             f"{chosen.rule} cannot be followed: use --rule frozen"
         )
     given = [*texts, *validation_texts]
-    works = read_works(texts)
+    works, geometry = read_works(texts), geometry_of(source)
     machine = Machine(
-        device or best_device(), dtype, rows_per_pass, save_steps, sequence_parallel, backend
+        device or default_device(), dtype, rows_per_pass, save_steps, sequence_parallel, backend
     )
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(process_group(device)) if is_launched() else ALONE
         passes_per_step(chosen.batch_size, rows_per_pass, place.world, sequence_parallel)
         if not no_memory_check:
             at_once = rows_per_pass * place.world / sequence_parallel
-            check_memory_for(source, chosen, config, at_once, dtype, device)
+            target = config.max_position_embeddings
+            check_memory_for(chosen, geometry, target, at_once, dtype, device)
         tell = say if place.is_first else silence
         tell(f"reading {', '.join(given)}")
         samples = make_samples(works, load_torch_tokenizer(source.path))
-        check_vocabulary(source, samples)
+        check_vocabulary(source, geometry, samples)
         rows = make_rows(samples, chosen, config, seed)
         rule = None if switch is None else SwitchPolicy(switch)
         options = FinetuneOptions(chosen, rule, seed, hash_of(samples))

@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from longrope_export.config import LongRopeConfig
+    from longrope_export.finetune.estimate import Geometry
     from longrope_export.finetune.recipes import Recipe
     from longrope_export.models.model import Model
 
@@ -85,17 +86,16 @@ class Folders:
         return SafetensorsConverter(SafetensorsOptions(remote_code=lost, link=True, force=True))
 
 
-def check_vocabulary(source: Model, samples: list[Any]) -> None:
+def check_vocabulary(source: Model, geometry: Geometry, samples: list[Any]) -> None:
     """Refuse a tokenizer whose ids the model has no rows for.
 
     Raises:
         ModelError: with both numbers.
     """
     from longrope_export.errors import ModelError
-    from longrope_export.finetune.estimate import geometry_of
 
     largest = max((int(sample.ids.max()) for sample in samples), default=0)
-    rows = geometry_of(source).vocabulary_size
+    rows = geometry.vocabulary_size
     if largest >= rows:
         raise ModelError(
             f"{source.path}: the tokenizer gives id {largest}, the embedding has {rows} rows: the "
@@ -104,30 +104,18 @@ def check_vocabulary(source: Model, samples: list[Any]) -> None:
 
 
 def check_memory_for(
-    source: Model, recipe: Recipe, config: LongRopeConfig, rows: float, dtype: str,
-    device: str | None,
-) -> None:  # fmt: skip
+    recipe: Recipe, geometry: Geometry, target: int, rows: float, dtype: str, device: str | None
+) -> None:
     """Refuse a training that the memory here is too small for, by docs/extend.md's estimate.
 
     Raises:
         ConfigError: with both numbers.
     """
     from longrope_export.finetune import hardware
-    from longrope_export.finetune.estimate import (
-        adapter_parameters,
-        check_memory,
-        geometry_of,
-        training_memory,
-    )
+    from longrope_export.finetune.costs import recipe_memory
+    from longrope_export.finetune.estimate import check_memory
 
-    geometry, rank = geometry_of(source), recipe.lora_rank
-    memory = training_memory(
-        geometry,
-        int(rows * recipe.row_tokens(config.max_position_embeddings)),
-        dtype=dtype,
-        checkpointing=recipe.gradient_checkpointing,
-        trained=adapter_parameters(geometry, rank) if rank else None,
-    )
+    memory = recipe_memory(recipe, geometry, target, rows, dtype)
     here = processes_here()  # of all processes' memory, the share of this machine
     needed = memory.total * here // max(here, int(os.environ.get("WORLD_SIZE", "1")))
     check_memory(needed, hardware.free_bytes(device, here), f"recipe {recipe.name}")
@@ -168,20 +156,3 @@ def read_validation(
     from longrope_export.texts import read_texts
 
     return make_validation(encode_texts(source, read_texts(texts)), length, count, keys, seed)
-
-
-def hash_of(samples: list[Any]) -> str:
-    """Of all tokens and which of them are learned, hex."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.ids.tobytes())
-        digest.update(sample.is_target.tobytes())
-    return digest.hexdigest()
-
-
-def best_device() -> str:
-    from torch import cuda
-
-    return "cuda" if cuda.is_available() else "cpu"

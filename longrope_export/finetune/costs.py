@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from longrope_export.finetune.estimate import (
     training_flops,
     training_memory,
 )
-from longrope_export.finetune.recipes import load_recipe
+from longrope_export.finetune.recipes import Recipe, load_recipe
 from longrope_export.finetune.stages import Step
 from longrope_export.ladder import parse_ladder
 from longrope_export.search.algorithms import FINALISTS
@@ -31,6 +30,17 @@ from longrope_export.search.run import SHOWN_SEEDS, STRENGTHS
 from longrope_export.search.scorer import GRADIENT_COST
 from longrope_export.search.space import START_TOKENS
 
+# fields of a recipe that matter here: the option of `finetune`, and its type
+_RECIPE_OPTIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "window": ("window", int),
+    "tokens": ("tokens", int),
+    "steps": ("steps", int),
+    "epochs": ("epochs", float),
+    "batch_size": ("batch-size", int),
+    "layout": ("layout", str),
+    "lora_rank": ("lora", int),
+    "gradient_checkpointing": ("gradient-checkpointing", bool),
+}
 RACES = 2  # of mutations, times the patience after which a practical search has converged
 
 
@@ -159,58 +169,62 @@ def _search(step: Step, geometry: Geometry, window: int) -> Cost:
 # -- fine-tune
 
 
-def training_values(step: Step) -> dict[str, Any]:
-    """What a fine-tune is told: its recipe, under the options that are given."""
-    values: dict[str, Any] = {}
-    with suppress(LongRopeError):  # finetune itself says what is wrong with it
-        recipe = load_recipe(str(step.values.get("recipe")))
-        values = {key.replace("_", "-"): value for key, value in recipe.to_json().items()}
-        values["lora"] = values.pop("lora-rank", 0)
-    given = {key: value for key, value in step.values.items() if value is not None}
-    if "epochs" in given:
-        values.pop("steps", None)
-    return values | given
-
-
-def finetune_memory(step: Step, geometry: Geometry) -> Memory | None:
-    """Of a fine-tune with one row on each device; None where its window is not known."""
-    values = training_values(step)
-    row = _row_tokens(values, step)
-    if row is None:
+def recipe_of(step: Step) -> Recipe | None:
+    """What a fine-tune is told: its recipe, under the options that are given; None where finetune
+    itself will say what is wrong with it."""
+    given = {
+        field: kind(step.values[option])
+        for field, (option, kind) in _RECIPE_OPTIONS.items()
+        if step.values.get(option) is not None
+    }
+    try:
+        return load_recipe(str(step.values.get("recipe"))).with_values(given)
+    except LongRopeError:
         return None
-    rank = int(values.get("lora") or 0)
+
+
+def recipe_memory(
+    recipe: Recipe, geometry: Geometry, target: int, rows: float, dtype: str
+) -> Memory:
+    """Of a training, over all devices.
+
+    Args:
+        target: of the factors, tokens.
+        rows: that all devices together compute at once.
+        dtype: of the activations.
+    """
+    rank = recipe.lora_rank
     return training_memory(
         geometry,
-        row
-        * int(values.get("rows-per-pass") or 1)
-        * step.processes
-        // int(values.get("sequence-parallel") or 1),
-        dtype=str(values.get("dtype") or "float32"),
-        checkpointing=bool(values.get("gradient-checkpointing", True)),
+        int(rows * recipe.row_tokens(target)),
+        dtype=dtype,
+        checkpointing=recipe.gradient_checkpointing,
         trained=adapter_parameters(geometry, rank) if rank else None,
     )
 
 
-def _row_tokens(values: Mapping[str, Any], step: Step) -> int | None:
-    window = values.get("window") or step.reach
-    if window is None:
+def finetune_memory(step: Step, geometry: Geometry) -> Memory | None:
+    """Of a stage that fine-tunes; None where its recipe or the reach of its factors is not known."""
+    recipe, values = recipe_of(step), step.values
+    target = step.reach if recipe is None else recipe.window or step.reach
+    if recipe is None or target is None:
         return None
-    if values.get("layout") == "pose" and values.get("tokens"):
-        return min(int(values["tokens"]), int(window))
-    return int(window)
+    ranks = int(values.get("sequence-parallel") or 1)
+    rows = int(values.get("rows-per-pass") or 1) * step.processes / ranks
+    return recipe_memory(recipe, geometry, target, rows, str(values.get("dtype") or "float32"))
 
 
 def _finetune(step: Step, geometry: Geometry) -> Cost | None:
-    values = training_values(step)
-    row, memory = _row_tokens(values, step), finetune_memory(step, geometry)
-    if row is None or not values.get("steps") or not values.get("batch-size"):
+    recipe, memory = recipe_of(step), finetune_memory(step, geometry)
+    if recipe is None or memory is None or recipe.steps is None:
         return None
-    tokens = int(values["steps"]) * int(values["batch-size"]) * row
+    row = recipe.row_tokens(recipe.window or step.reach or 0)
+    tokens = recipe.steps * recipe.batch_size * row
     per_token = training_flops(
         geometry,
         row,
-        checkpointing=bool(values.get("gradient-checkpointing", True)),
-        adapters=bool(values.get("lora")),
+        checkpointing=recipe.gradient_checkpointing,
+        adapters=bool(recipe.lora_rank),
     )
     return Cost(0, tokens, tokens * per_token, memory)
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from longrope_export.errors import LongRopeError, ToolError
+from longrope_export.models.torch_model import default_device
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def process_group(device: str | None = None) -> Iterator[Place]:
 
     if dist.is_initialized():
         raise LongRopeError("this process is in a process group already: join one only once")
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device or default_device()
     if kind not in ("cpu", "cuda"):
         raise LongRopeError(f"device {kind!r}: expected cpu or cuda")
     own = torch.device(kind)
@@ -75,7 +76,7 @@ def process_group(device: str | None = None) -> Iterator[Place]:
         torch.cuda.set_device(own)
     backend = "nccl" if kind == "cuda" else "gloo"
     try:
-        if dist.is_torchelastic_launched():
+        if is_launched():
             dist.init_process_group(backend, timeout=PATIENCE)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -92,7 +93,9 @@ def process_group(device: str | None = None) -> Iterator[Place]:
 
 def is_launched() -> bool:
     """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def rank_and_world() -> tuple[int, int]:

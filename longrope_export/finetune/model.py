@@ -93,7 +93,8 @@ def stored_dtype(path: Path) -> Any:
 
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            return next((tensors.get_slice(n)[:1].dtype for n in tensors.keys()), torch.float32)  # noqa: SIM118
+            names = tensors.keys()
+            return tensors.get_slice(names[0])[:1].dtype if names else torch.float32
     return torch.float32
 
 

@@ -6,16 +6,13 @@ the very types that the command line uses.
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from longrope_export.errors import ConfigError
+from longrope_export.finetune.toml_files import did_you_mean, parse_toml, read_toml_file
 
 # what `run` may say -> the command that does it
 KINDS = {
@@ -104,29 +101,13 @@ class Plan:
     stages: tuple[Stage, ...]
 
 
-def plan_names() -> list[str]:
-    """The shipped plans."""
-    folder = resources.files("longrope_export.finetune") / "plans"
-    names = (file.name for file in folder.iterdir())
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
 def load_plan(name: str) -> Plan:
     """A shipped plan by its name, or one's own by the path of its TOML file.
 
     Raises:
         ConfigError: there is none, it cannot be read, or see parse_plan.
     """
-    if name in plan_names():
-        file = resources.files("longrope_export.finetune") / "plans" / f"{name}.toml"
-        return parse_plan(file.read_text(encoding="utf-8"), name)
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"PLAN {name}: no such file, and none of {', '.join(plan_names())}")
-    try:
-        return parse_plan(path.read_text(encoding="utf-8"), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"PLAN {name}: cannot be read: {error}") from error
+    return parse_plan(read_toml_file("plans", name, "PLAN"), name)
 
 
 def parse_plan(text: str, source: str) -> Plan:
@@ -139,10 +120,7 @@ def parse_plan(text: str, source: str) -> Plan:
     Raises:
         ConfigError: not TOML, or not [texts] and [[stage]].
     """
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"PLAN {source}: not TOML: {error}") from error
+    values = parse_toml(text, f"PLAN {source}")
     problems = [
         f"unknown key {key}{did_you_mean(key, ('texts', 'stage'))}; a plan has [texts] and [[stage]]"
         for key in values.keys() - {"texts", "stage"}
@@ -200,12 +178,6 @@ def option_arguments(option: Option, value: Any) -> list[str]:
         option.check(str(part))
         words += [str(part)] if option.positional else [f"--{option.name}", str(part)]
     return words
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def listed(where: str, problems: list[str]) -> ConfigError:

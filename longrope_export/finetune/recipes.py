@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from longrope_export.errors import ConfigError
+from longrope_export.finetune.toml_files import (
+    did_you_mean,
+    parse_toml,
+    read_toml_file,
+    shipped_names,
+)
 
 _WHOLE = {
     "window": 2, "tokens": 2, "steps": 1, "batch_size": 1, "warmup_steps": 0, "chunks": 1,
@@ -152,8 +155,7 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """The shipped ones."""
-    folder = resources.files("longrope_export.finetune") / "recipes"
-    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))  # fmt: skip
+    return shipped_names("recipes")
 
 
 def load_recipe(name: str) -> Recipe:
@@ -162,29 +164,16 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         ConfigError: there is none; it is no TOML; a key that no recipe has, or a value that is none.
     """
-    if name in recipe_names():
-        text = (resources.files("longrope_export.finetune") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")  # fmt: skip
-        return _parse(name, text)
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"--recipe {name}: no such file, and none of {', '.join(recipe_names())}")
-    try:
-        return _parse(path.stem, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--recipe {name}: cannot be read: {error}") from error
+    text = read_toml_file("recipes", name, "--recipe")
+    return _parse(name if name in recipe_names() else Path(name).stem, text)
 
 
 def _parse(name: str, text: str) -> Recipe:
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"recipe {name}: not TOML: {error}") from error
+    values = parse_toml(text, f"recipe {name}")
     known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"recipe {name}: unknown key {key}{hint}")
+            raise ConfigError(f"recipe {name}: unknown key {key}{did_you_mean(key, known)}")
     layout = values.get("layout", "packed")
     unused = {
         "tokens": layout == "pose",

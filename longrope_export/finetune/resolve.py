@@ -15,11 +15,11 @@ from longrope_export.finetune.plan import (
     Option,
     Plan,
     Stage,
-    did_you_mean,
     listed,
 )
 from longrope_export.finetune.stage_keys import SOURCE, Draft, StageReader
 from longrope_export.finetune.stages import Made, Step, missing_extras
+from longrope_export.finetune.toml_files import did_you_mean
 from longrope_export.models.model import Model
 
 _MAKE_FACTORS = ("search", "recover", "factors")

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 from longrope_export import __version__
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.definition import to_json
-from longrope_export.errors import ConfigError, OutputError
+from longrope_export.errors import ConfigError
 from longrope_export.evaluate.memory_use import PeakMemory
 from longrope_export.factor_files import write_factors
 from longrope_export.finetune.distributed import rank_and_world, wait_for_all
-from longrope_export.finetune.metrics import Step
+from longrope_export.finetune.metrics import Step, read_metrics
+from longrope_export.finetune.model import TrainingModel
 from longrope_export.finetune.recipes import Recipe, Rule
 from longrope_export.finetune.tables import FORMAT
 from longrope_export.finetune.training import CHECKPOINTS, Machine, train
 from longrope_export.finetune.validation import Validation, measure, summarize
-from longrope_export.outputs import replace_folder_when_done, write_text
+from longrope_export.outputs import check_outside, replace_folder_when_done, write_text
 from longrope_export.run_settings import SETTINGS, lock_run, open_settings
 from longrope_export.search.judge import better_rule
 from longrope_export.stamp import stamp
@@ -130,22 +131,22 @@ def finetune(
     """
     recipe = options.recipe
     check_recipe(recipe, config)
-    if folder.resolve().is_relative_to(source.resolve()):
-        raise OutputError(f"-o {folder} lies in the model {source}: choose another folder")
-    settings = {
-        "format": FORMAT,
-        "tool": f"longrope-export {__version__}",
-        "model_sha256": content_hash(source),
-        "factors": {**to_json(config), "provenance": None},
-        "validation": None if validation is None else validation.to_json(),
-        "options": options.to_json() | {"dtype": machine.dtype},
-        "several_processes": rank_and_world()[1] > 1,  # their checkpoints are of another kind
-    }
-    if rank_and_world()[0] == 0:
+    check_outside(folder, source)
+    rank, world = rank_and_world()
+    if rank == 0:
+        settings = {
+            "format": FORMAT,
+            "tool": f"longrope-export {__version__}",
+            "model_sha256": content_hash(source),
+            "factors": {**to_json(config), "provenance": None},
+            "validation": None if validation is None else validation.to_json(),
+            "options": options.to_json() | {"dtype": machine.dtype},
+            "several_processes": world > 1,  # their checkpoints are of another kind
+        }
         open_settings(folder, settings, resume=resume)
     wait_for_all()
     with (folder / SETTINGS).open() as held:
-        if rank_and_world()[0] == 0:
+        if rank == 0:
             lock_run(held, folder)
         if (folder / RESULT).is_file():
             done: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
@@ -154,7 +155,7 @@ def finetune(
         base = source
         if source.is_file():
             base = folder / UNPACKED
-            if rank_and_world()[0] == 0 and not base.is_dir():
+            if rank == 0 and not base.is_dir():
                 observe(Event("unpacking the model"))
                 writer.unpack(base)
             wait_for_all()
@@ -194,21 +195,16 @@ def _clean(folder: Path) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
+@dataclass
 class _Work:
-    def __init__(
-        self,
-        base: Path,
-        config: LongRopeConfig,
-        rows: TrainingRows,
-        options: FinetuneOptions,
-        folder: Path,
-        machine: Machine,
-        validation: Validation | None,
-        observe: Callable[[Event], None],
-    ) -> None:
-        self.base, self.config, self.rows, self.options = base, config, rows, options
-        self.folder, self.machine, self.validation = folder, machine, validation
-        self.observe = observe
+    base: Path
+    config: LongRopeConfig
+    rows: TrainingRows
+    options: FinetuneOptions
+    folder: Path
+    machine: Machine
+    validation: Validation | None
+    observe: Callable[[Event], None]
 
     def run(self, writer: ModelWriter) -> dict[str, Any]:
         before = self._measure(self.base, "before")
@@ -265,9 +261,6 @@ class _Work:
         )
 
     def _train(self) -> list[Step]:
-        from longrope_export.finetune.metrics import read_metrics
-        from longrope_export.finetune.model import TrainingModel
-
         if (self.folder / PLAIN).is_dir():
             return read_metrics(self.folder)
         recipe = self.options.recipe

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,15 @@ from typing import Any
 from longrope_export.errors import ConfigError, OutputError
 from longrope_export.finetune.stages import Step
 from longrope_export.outputs import write_text
+from longrope_export.run_settings import lock_run
+from longrope_export.verify.certificate import content_hash
 
 FORMAT = "longrope-extend"
 STATE, PLAN, LOCK = "state.json", "plan.toml", "lock"
 BEGUN, DONE, FAILED = "begun", "done", "failed"
 _KEYS = ("name", "run", "argv", "inputs", "hash", "status", "seconds", "exit_code")  # of a stage
 _LOCK_SECONDS = 3.0  # a stage whose runner was killed takes a moment to end
-_CHUNK = 1 << 20
+WHO = "another extend, or a stage that one left behind,"
 
 Inputs = Mapping[str, str]
 
@@ -63,7 +63,7 @@ class RunState:
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {error.strerror}") from error
         try:
-            _lock(descriptor, folder)
+            lock_run(descriptor, folder, WHO, _LOCK_SECONDS)
             yield cls(folder, descriptor)
         finally:
             os.close(descriptor)
@@ -170,7 +170,7 @@ def inputs_of(steps: Sequence[Step], model: str) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for step in steps:
         inputs = dict(step.settings)
-        inputs |= {name: content_of(path) for name, path in step.files.items()}
+        inputs |= {name: str(content_hash(path)) for name, path in step.files.items()}
         inputs |= {f"stage {name}": hash_of(found[name]) for name in step.after}
         found[step.stage.name] = inputs
     return found
@@ -181,35 +181,9 @@ def hash_of(inputs: Inputs) -> str:
     return hashlib.sha256(json.dumps(dict(inputs), sort_keys=True).encode()).hexdigest()
 
 
-def content_of(path: Path) -> str:
-    """SHA-256 of a file, or of the names and files of a folder, hex."""
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        digest.update(f"{file.relative_to(path)}\n{file.stat().st_size}\n".encode())
-        with file.open("rb") as content:
-            while part := content.read(_CHUNK):
-                digest.update(part)
-    return digest.hexdigest()
-
-
 def _shown(inputs: Inputs, key: str) -> str:
     value = inputs.get(key)
     return "not there" if value is None else value[:100] or "there"
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise OutputError(
-                    f"{folder}: another extend, or a stage that one left behind, is at work in it"
-                ) from error
-            time.sleep(0.1)
 
 
 def _move_away(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Tokenized works with the tokens that a model is to learn, and works held out of training."""
+"""Tokenized works with the tokens that a model is to learn."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -63,6 +64,15 @@ def make_samples(
             tokens += len(ids)
         progress(number, tokens)
     return samples
+
+
+def hash_of(samples: Iterable[Sample]) -> str:
+    """SHA-256 of all tokens and of which of them are learned, hex."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.ids.tobytes())
+        digest.update(sample.is_target.tobytes())
+    return digest.hexdigest()
 
 
 def _text(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -18,10 +18,10 @@ from longrope_export.finetune.plan import (
     Option,
     Plan,
     Stage,
-    did_you_mean,
     option_arguments,
 )
 from longrope_export.finetune.stages import MACHINE, OWN_KEYS, Made
+from longrope_export.finetune.toml_files import did_you_mean
 from longrope_export.models.model import Model
 from longrope_export.texts import DATASET, TEXT_SUFFIXES
 

@@ -15,7 +15,8 @@ import numpy as np
 from longrope_export.config import LongRopeConfig
 from longrope_export.definition import to_json
 from longrope_export.errors import ConfigError
-from longrope_export.search.documents import windows_of
+from longrope_export.run_settings import SETTINGS
+from longrope_export.search.documents import in_turn, windows_of
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.jobs import Document
 from longrope_export.search.judge import RuleRow, measure_rules
@@ -24,7 +25,6 @@ from longrope_export.search.run_base import Texts
 from longrope_export.search.scorer import Scorer
 from longrope_export.search.state import RunFolder
 from longrope_export.search.workers import LocalWorkers
-from longrope_export.verify.certificate import content_hash
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ def make_validation(texts: Texts, length: int, count: int, keys: int, seed: int)
         ConfigError: no work has `length` tokens.
     """
     body = length - len(texts.start)
-    works = [windows_of(name, ids, body, texts.start) for name, ids in texts.works]
-    rounds = max(map(len, works), default=0)
-    turns = [work[k] for k in range(rounds) for work in works if k < len(work)]
+    turns = in_turn([windows_of(name, ids, body, texts.start) for name, ids in texts.works])
     if not turns:
         longest = max((len(ids) for _, ids in texts.works), default=0)
         raise ConfigError(
@@ -93,13 +91,9 @@ def measure(
     """
     documents = [*validation.documents, *validation.needles]
     dtype, device = machine
-    settings: dict[str, Any] = {
-        "model_sha256": content_hash(path),
-        "definition": to_json(config),
-        "documents": [[document.ids, document.answers] for document in documents],
-        "dtype": dtype,
-    }
-    log = RunFolder(folder, settings, resume=(folder / "settings.json").is_file())
+    # the model is not hashed again: the folder belongs to a run, whose settings name it
+    settings = {"definition": to_json(config), "dtype": dtype, **validation.to_json()}
+    log = RunFolder(folder, settings, resume=(folder / SETTINGS).is_file())
     window = config.original_max_position_embeddings
     workers = LocalWorkers(lambda: Scorer(path, documents, window, dtype, device))
     count = len(validation.documents)

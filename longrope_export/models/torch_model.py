@@ -63,3 +63,18 @@ def load_torch_tokenizer(path: Path) -> Any:
 def gguf_arguments(path: Path) -> tuple[Path, dict[str, str]]:
     """The folder and further arguments that transformers' from_pretrained wants for a path."""
     return (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+
+
+def default_device() -> str:
+    """cuda where torch finds a GPU, else cpu.
+
+    Raises:
+        UnsupportedError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UnsupportedError(
+            f"this needs torch: {error}; pip install 'longrope-export[transformers]'"
+        ) from error
+    return "cuda" if torch.cuda.is_available() else "cpu"

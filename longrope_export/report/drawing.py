@@ -54,6 +54,16 @@ def new_figure(size: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, 1, sharex=True)
 
 
+def save_png(figure: Any, output: Path) -> None:
+    """Write a figure as it is, 150 dpi.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with replace_when_done(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """A context in which matplotlib draws as the page looks.

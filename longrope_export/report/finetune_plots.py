@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.finetune.metrics import Step
-from longrope_export.outputs import replace_when_done
-from longrope_export.report.drawing import new_figure
+from longrope_export.report.drawing import new_figure, save_png
 
 LOSS = "loss.png"
 SMOOTHING = 0.9  # of the line through the steps' losses: the share that stays from step to step
@@ -52,6 +51,5 @@ def write_training_plot(steps: Sequence[Step], folder: Path) -> Path:
         ToolError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    with replace_when_done(folder / LOSS) as temporary:
-        draw_training(steps).savefig(temporary, format="png", dpi=150)
+    save_png(draw_training(steps), folder / LOSS)
     return folder / LOSS

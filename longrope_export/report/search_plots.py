@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from longrope_export.config import FactorTier, LongRopeConfig
-from longrope_export.outputs import replace_when_done
-from longrope_export.report.drawing import new_figure
+from longrope_export.report.drawing import new_figure, save_png
 
 CONVERGENCE = "convergence.png"
 FACTORS = "factors.png"
@@ -34,8 +33,7 @@ def write_search_plots(
     """
     pictures = {CONVERGENCE: draw_convergence(result), FACTORS: _factors(config, forms)}
     for name, figure in pictures.items():
-        with replace_when_done(folder / name) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+        save_png(figure, folder / name)
     return [folder / name for name in pictures]
 
 

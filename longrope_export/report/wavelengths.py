@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from longrope_export.config import FactorTier, LongRopeConfig
-from longrope_export.outputs import replace_when_done
-from longrope_export.report.drawing import new_figure
+from longrope_export.report.drawing import new_figure, save_png
 from longrope_export.rope import FloatArray, compute_inv_freq, compute_wavelengths
 
 MAX_CURVES = 6
@@ -76,9 +75,7 @@ def write_png(config: LongRopeConfig, output: Path) -> None:
         ToolError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    figure = draw_wavelengths(config)
-    with replace_when_done(output) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_png(draw_wavelengths(config), output)
 
 
 def draw_wavelengths(config: LongRopeConfig, size: tuple[float, float] = (8, 7)) -> Any:

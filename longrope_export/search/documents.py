@@ -98,13 +98,18 @@ def _by_work(
         shares[int(np.argmin(have))].append(work)
     chosen, words = [], []
     for name, share, count in zip(("search", "validation", "test"), shares, counts, strict=True):
-        rounds = max(map(len, share))
-        turns = [work[k] for k in range(rounds) for work in share if k < len(work)]
+        turns = in_turn(share)
         chosen.append(tuple(turns[:count]))
         lack = "" if len(turns) >= count else f" (of {count} asked for)"
         words.append(f"{name} {len(chosen[-1])}{lack} from {min(len(share), count)}")
     held_out = f"windows from different works: {', '.join(words)}"
     return chosen[0], chosen[1], chosen[2], held_out
+
+
+def in_turn(works: Sequence[Sequence[Document]]) -> list[Document]:
+    """The first window of every work, then the second of every one that has it, and so on."""
+    rounds = max(map(len, works), default=0)
+    return [work[k] for k in range(rounds) for work in works if k < len(work)]
 
 
 def windows_of(name: str, ids: Sequence[int], body: int, start: Sequence[int]) -> list[Document]:

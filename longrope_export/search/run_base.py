@@ -14,10 +14,9 @@ import numpy as np
 
 from longrope_export import __version__
 from longrope_export.config import LongRopeConfig
-from longrope_export.errors import OutputError
 from longrope_export.factor_files import write_factors
 from longrope_export.models.model import Model
-from longrope_export.outputs import write_text
+from longrope_export.outputs import check_outside, write_text
 from longrope_export.search.documents import Split
 from longrope_export.search.evaluator import Evaluator, Progress
 from longrope_export.search.jobs import Document, Workers
@@ -83,8 +82,7 @@ class Run(ABC):
         self.history: list[dict[str, Any]] = []
         self.seed_losses: dict[str, float] = {}
         self.held_out = ""
-        if folder.resolve().is_relative_to(model.path.resolve()):
-            raise OutputError(f"-o {folder} lies in the model {model.path}: choose another folder")
+        check_outside(folder, model.path)
         documents = self._prepare(texts, np.random.default_rng(options.seed))
         self.run = RunFolder(folder, self._settings(documents), resume=resume)
         self.workers = make_workers(documents)

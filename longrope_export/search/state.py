@@ -46,9 +46,12 @@ class RunFolder:
             self._file = (folder / LOG).open("ab", buffering=0)
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {error.strerror}") from error
-        lock_run(self._file, folder)
-        good = self._read_log()
-        self._file.truncate(good)
+        try:
+            lock_run(self._file, folder)
+            self._file.truncate(self._read_log())
+        except BaseException:
+            self._file.close()
+            raise
 
     def add(self, key: str, score: Score) -> None:
         """Log a result; it is on disk when this returns.

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 from longrope_export.errors import LongRopeError
+from longrope_export.models.torch_model import default_device
 from longrope_export.search.dispatch import HeldPrefixes, JobQueue
 from longrope_export.search.jobs import Job, Score, Workers
 from longrope_export.search.pool import Host, Outcome, Pool, Scores, Setup, as_longrope_error
@@ -191,19 +192,7 @@ def make_workers(
     if num_workers is not None or resources is not None:
         raise LongRopeError("num_workers and resources are for Ray: they need ray_address")
     if devices is None:
-        devices = [_default_device()]
+        devices = [default_device()]
     if len(devices) == 1:
         return LocalWorkers(partial(setup.load, devices[0]))
     return ProcessWorkers(setup, devices)
-
-
-def _default_device() -> str:
-    from longrope_export.errors import UnsupportedError
-
-    try:
-        import torch
-    except ImportError as error:
-        raise UnsupportedError(
-            f"a search needs torch: {error}; pip install 'longrope-export[transformers]'"
-        ) from error
-    return "cuda" if torch.cuda.is_available() else "cpu"
