@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from plan_fakes import write_program
+from processes import end, start_until
 
 from longrope_export.cli import main
 from longrope_export.cli.extend import read_commands
@@ -144,15 +145,11 @@ def start() -> subprocess.Popen[bytes]:
     """
     paths = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, stderr=subprocess.PIPE
+    return start_until(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        Path("run/02-tune/tune/settings.json").exists,
+        environment,
     )
-    deadline = time.monotonic() + 60
-    while not Path("run/02-tune/tune/settings.json").exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return process
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
@@ -160,9 +157,7 @@ def test_a_run_that_is_killed_goes_on_with_the_stage_it_was_in(
     place: Path, sent: signal.Signals
 ) -> None:
     process = start()
-    process.send_signal(sent)
-    process.wait()
-    process.stderr and process.stderr.close()
+    end(process, sent)
     assert [entry["status"] for entry in state().values()] == ["done", "begun"]
     Path("hang").unlink()
     assert calls() == ["search", "tune"]
@@ -177,9 +172,7 @@ def test_a_second_run_at_the_same_time_is_refused(place: Path) -> None:
         with pytest.raises(OutputError, match="another extend"):
             run()
     finally:
-        process.kill()
-        process.wait()
-        process.stderr and process.stderr.close()
+        end(process)
     # a stage that was left behind holds the lock too, until it ends
     with Path("run/lock").open("r+") as lock:
         deadline = time.monotonic() + 10

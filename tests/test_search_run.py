@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from processes import end, start_until
 from tiny_models import SENTENCES, add_bpe_tokenizer, edit_json, make_model
 
 from longrope_export.cli import main
@@ -440,16 +438,7 @@ def test_the_command_killed_at_any_moment_resumes_to_the_same_result(
         *arguments(with_tokenizer, tmp_path / "cut"),
     ]
     log = tmp_path / "cut" / "log.jsonl"
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (log.is_file() and log.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if process.stderr:
-        process.stderr.close()
+    end(start_until(command, lambda: log.is_file() and log.read_bytes().count(b"\n") >= 3))
     assert not (tmp_path / "cut" / "factors.json").exists()
     resumed = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path / "cut", "--resume"))
     assert resumed.exit_code == 0, resumed.stderr
