@@ -12,8 +12,9 @@ WORKERS ?= 2
 demo: $(VENV)/.user
 	$(BIN)/longrope-export demo
 
+# in the order of the files, tests/integration with its long ones first: a worker's last file is then a short one
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-cpp: $(VENV)/.dev
 	$(BIN)/python scripts/test_cpp.py $(TEST_CPP)

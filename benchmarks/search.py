@@ -7,7 +7,8 @@
 `quality` runs the paper's evolution and, with a fifth and a twentieth of its forward tokens, the practical
 search, on the small trained model (window 256), on the same documents, and compares what they found
 on test documents. `tables` is LongRoPE's tables 1, 2 and 11 in small: closed forms and practically searched
-factors, with every start-token window. Both can be killed and started again. `evaluation` runs one pass of the scorer and one plain
+factors, with every start-token window. With `--long` both take the small model after six times the
+training, which loses more beyond its window. Both can be killed and started again. `evaluation` runs one pass of the scorer and one plain
 forward of transformers with all its logits, in processes that take turns, on SmolLM2.
 """
 
@@ -28,7 +29,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from small_model import HELD_OUT_TEXTS, WINDOW, trained_model
+from small_model import HELD_OUT_TEXTS, LONG_RECIPE, RECIPE, WINDOW, trained_model
 
 from longrope_export.config import SwitchPolicy
 from longrope_export.demo.material import fetch_smollm2
@@ -53,9 +54,9 @@ SHARES = (20, 5)  # the practical search gets one twentieth and one fifth of the
 
 
 @contextlib.contextmanager
-def opened(options: SearchOptions, folder: Path) -> Iterator[SearchRun]:
+def opened(model: Path, options: SearchOptions, folder: Path) -> Iterator[SearchRun]:
     """A run on the small model, new or gone on with."""
-    model, files = trained_model(print), fetch_texts(print)
+    files = fetch_texts(print)
     texts = Texts(
         [(name, list(files[name].read_bytes())) for name in HELD_OUT_TEXTS],
         lambda text: list(text.encode()),
@@ -73,19 +74,19 @@ def opened(options: SearchOptions, folder: Path) -> Iterator[SearchRun]:
         run.close()
 
 
-def small_run(options: SearchOptions, folder: Path) -> dict[str, Any]:
+def small_run(model: Path, options: SearchOptions, folder: Path) -> dict[str, Any]:
     """One search on the small model; result.json as it is, if it is there already."""
     if (folder / "result.json").is_file():
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return result
-    with opened(options, folder) as run:
+    with opened(model, options, folder) as run:
         return run.execute().result
 
 
-def quality(length: int, workdir: Path) -> None:
+def quality(small: Path, length: int, workdir: Path) -> None:
     paper = SearchOptions(length, documents=(0, 6, 10), needle_keys=0, switch=SwitchPolicy.SEQUENCE)
     folders = {PAPER: workdir / f"paper-{length}"}
-    results = {PAPER: small_run(paper, folders[PAPER])}
+    results = {PAPER: small_run(small, paper, folders[PAPER])}
     tokens = results[PAPER]["spent"]["tokens"]
     for share in SHARES:
         options = replace(
@@ -96,12 +97,12 @@ def quality(length: int, workdir: Path) -> None:
         )
         name = f"practical, 1/{share} of the tokens"
         folders[name] = workdir / f"practical-{length}-{share}"
-        results[name] = small_run(options, folders[name])
-    model = load_model(trained_model(print))
+        results[name] = small_run(small, options, folders[name])
+    model = load_model(small)
     template = single_tier(model.native)
     # one tier for the whole text, so that the rule at a border plays no part
     tiers = [read_factors(folder / "factors.json", model).tiers[-1] for folder in folders.values()]
-    with opened(paper, folders[PAPER]) as run:
+    with opened(small, paper, folders[PAPER]) as run:
         losses = losses_of(run.judging, [template(tier) for tier in tiers], run.indices("test"))
     table = Table("search", "forward tokens", "ratio", "perplexity, test", "nats against the paper")
     for name, row in zip(folders, losses, strict=True):
@@ -117,7 +118,7 @@ def quality(length: int, workdir: Path) -> None:
     Console(width=110).print(table)
 
 
-def tables(length: int, workdir: Path) -> None:
+def tables(small: Path, length: int, workdir: Path) -> None:
     folder = workdir / f"practical-{length}"
     options = SearchOptions(
         length,
@@ -126,12 +127,12 @@ def tables(length: int, workdir: Path) -> None:
         documents=(6, 6, 10),
         switch=SwitchPolicy.SEQUENCE,
     )
-    small_run(options, folder)
-    model = load_model(trained_model(print))
+    small_run(small, options, folder)
+    model = load_model(small)
     searched = read_factors(folder / "factors.json", model)
     forms = {name: make_config(model, name, length) for name in ("pi", "dynamic-ntk", "yarn")}
     configs = {**forms, "searched": searched}
-    with opened(options, folder) as run:
+    with opened(small, options, folder) as run:
         test = run.indices("test")
         table = Table("perplexity, start tokens:", *map(str, SHOWN_START_TOKENS))
         for name, config in configs.items():
@@ -208,17 +209,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["quality", "tables", "evaluation"])
     parser.add_argument("--length", type=int, help="quality: 1024, tables: 2048")
+    parser.add_argument("--long", action="store_true", help="the small model, trained longer")
     parser.add_argument("--workdir", type=Path, default=Path("bench/search"))
     parser.add_argument("--lengths", default="4096,8192,16384,32768")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    arguments.workdir.mkdir(parents=True, exist_ok=True)
-    if arguments.what == "quality":
-        quality(arguments.length or 1024, arguments.workdir)
-    elif arguments.what == "tables":
-        tables(arguments.length or 2048, arguments.workdir)
-    else:
+    if arguments.what == "evaluation":
         evaluation([int(n) for n in arguments.lengths.split(",")], arguments.repeats)
+        return
+    small = trained_model(print, LONG_RECIPE if arguments.long else RECIPE)
+    workdir: Path = arguments.workdir / small.name
+    workdir.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "quality":
+        quality(small, arguments.length or 1024, workdir)
+    else:
+        tables(small, arguments.length or 2048, workdir)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ Bytes are its tokens, 256 of them its window, and it learned from whole works of
 the window PI and NTK break it and YaRN hurts it, so that a search for factors has something to
 gain. It is trained on the CPU at the first call, minutes, and kept in the user's cache.
 
-    python benchmarks/small_model.py     # trains or finds it, and prints perplexities
+    python benchmarks/small_model.py          # trains or finds it, and prints perplexities
+    python benchmarks/small_model.py --long   # the same model after six times the training
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -66,14 +68,16 @@ RECIPE: dict[str, Any] = {
     "weight_decay": 0.1,
     "optimizer": "AdamW; for the matrices of the layers momentum 0.95, orthogonalized",
 }
+# three quarters of an hour on one thread; the tests do without it
+LONG_RECIPE = RECIPE | {"steps": 1200, "windows_per_step": 16}
 METHODS = (None, "pi", "ntk", "yarn")
 TEST_WINDOWS = 8
 
 
-def trained_model(say: Say = say_nothing) -> Path:
+def trained_model(say: Say = say_nothing, recipe: dict[str, Any] = RECIPE) -> Path:
     """The Hugging Face folder of the model, trained at the first call and kept in the cache.
 
-    Its name holds a hash of RECIPE. Training that is killed leaves nothing under that name. A
+    Its name holds a hash of the recipe, RECIPE or LONG_RECIPE. Training that is killed leaves nothing under that name. A
     token is a byte, 0 to 255; <bos> and <eos> are there for tools that want them and were never
     trained. llama.cpp has no name for the tokenizer, and any of its splitting rules will do:
     `longrope-export gguf --pre gpt-2`.
@@ -81,15 +85,15 @@ def trained_model(say: Say = say_nothing) -> Path:
     Raises:
         ToolError: the texts cannot be fetched (see fetch_texts).
     """
-    digest = hashlib.sha256(json.dumps(RECIPE, sort_keys=True).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"small-{digest}"
     with locked(folder, say):
         if not folder.is_dir():
             texts = fetch_texts(say)
             data = b"\n".join(texts[name].read_bytes() for name in TRAIN_TEXTS)
             with torch.random.fork_rng(devices=[]), _threads_that_are_free():
-                torch.manual_seed(RECIPE["seed"])
-                model = _train(torch.frombuffer(bytearray(data), dtype=torch.uint8), say)
+                torch.manual_seed(recipe["seed"])
+                model = _train(torch.frombuffer(bytearray(data), dtype=torch.uint8), recipe, say)
             with replace_folder_when_done(folder) as temporary:
                 model.save_pretrained(temporary)
                 _write_tokenizer(temporary)
@@ -108,12 +112,12 @@ def _threads_that_are_free() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(data: Tensor, say: Say) -> Any:
+def _train(data: Tensor, recipe: dict[str, Any], say: Say) -> Any:
     """A new model; `data` is all text, (bytes,) uint8."""
-    model = LlamaForCausalLM(LlamaConfig(**RECIPE["model"])).train()
+    model = LlamaForCausalLM(LlamaConfig(**recipe["model"])).train()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
-    decay, steps = RECIPE["weight_decay"], RECIPE["steps"]
+    decay, steps = recipe["weight_decay"], recipe["steps"]
     adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     step_matrices = _orthogonalized_momentum(matrices, decay)
     say(
@@ -121,16 +125,16 @@ def _train(data: Tensor, say: Say) -> Any:
     )
     losses, start = [], time.monotonic()
     for step in range(1, steps + 1):
-        rate = min(1.0, step / RECIPE["warmup_steps"]) * (
+        rate = min(1.0, step / recipe["warmup_steps"]) * (
             0.51 + 0.49 * math.cos(math.pi * step / steps)
         )
-        offsets = torch.randint(len(data) - WINDOW, (RECIPE["windows_per_step"], 1))
+        offsets = torch.randint(len(data) - WINDOW, (recipe["windows_per_step"], 1))
         tokens = data[offsets + torch.arange(WINDOW + 1)].long()  # (windows, WINDOW + 1)
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        step_matrices(rate * RECIPE["matrix_rate"])
-        adam.param_groups[0]["lr"] = rate * RECIPE["other_rate"]
+        step_matrices(rate * recipe["matrix_rate"])
+        adam.param_groups[0]["lr"] = rate * recipe["other_rate"]
         adam.step()
         model.zero_grad()
         losses.append(loss.item())
@@ -234,8 +238,13 @@ def perplexity(model: Any, data: bytes, length: int, windows: int) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--long", action="store_true", help="after LONG_RECIPE")
+    recipe = LONG_RECIPE if parser.parse_args().long else RECIPE
     console = Console(stderr=True)
-    folder = trained_model(console.print)
+    folder = trained_model(console.print, recipe)
     console.print(f"the model is in {folder}")
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     source, data = load_model(folder), fetch_texts()[TEST_TEXT].read_bytes()

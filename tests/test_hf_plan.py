@@ -260,6 +260,16 @@ def test_tokenizer_larger_than_the_model_is_refused(model: Path) -> None:
         plan(model, pre="gpt-2")
 
 
+def test_bpe_without_merges_is_refused(model: Path) -> None:
+    """llama.cpp does not load its file."""
+    (model / "tokenizer.model").unlink()
+    add_bpe_tokenizer(model, vocab_size=258)  # the bytes and two special tokens
+    with pytest.raises(ModelError, match="BPE tokenizer without merges"):
+        plan(model, pre="gpt-2")
+    (model / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert keys(plan(model, pre="gpt-2"))["tokenizer.ggml.merges"] == ["a b"]
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_damaged_tokenizer_is_refused(model: Path, name: str) -> None:
     (model / "tokenizer.model").unlink()

@@ -63,6 +63,11 @@ def add_vocabulary(
     if kind == "bpe":
         _add_bpe_tokens(writer, folder, vocab_size, pre)
         special = read_special_tokens(folder, tokenizer, with_merges=True)
+        if not special.merges:
+            raise ModelError(
+                f"{folder}: a BPE tokenizer without merges, in tokenizer.json and merges.txt alike: "
+                "llama.cpp cannot load its GGUF; look whether the folder is whole"
+            )
     else:
         if kind == "llama-hf":
             table = _read_llama_hf(folder, settings)
