@@ -410,7 +410,7 @@ def test_another_model_of_the_same_name_is_noticed(root: Path, tmp_path: Path) -
     assert run(root, *words).exit_code == 0
     edit_json(folder / "config.json", rms_norm_eps=0.1)
     result = run(root, *words)
-    assert result.exit_code == 2 and "not the model that was measured" in result.output
+    assert result.exit_code == 2 and "not what was measured there" in result.output
     before = read_results(out)["cells"][0]["loss"]
     assert run(root, *words, "--force").exit_code == 0
     assert read_results(out)["cells"][0]["loss"] != before
@@ -494,6 +494,23 @@ def test_tasks_score_as_lm_eval_alone(root: Path, task_folder: Path, tmp_path: P
     tokens = tokenizer(HELP[:4000]).input_ids
     ours = score_text(HfModel(root / "m"), tokens, 256)
     assert ours.loss == pytest.approx(bits * math.log(2) / len(tokens), rel=1e-2)
+
+
+def test_changed_tasks_are_not_taken_from_the_journal(
+    root: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    words = ["m", "--tasks", "toy_choice", "--include-path", task_folder, "--lengths", 256]
+    words += ["-o", tmp_path / "r.json"]
+    assert run(root, *words, "--limit", 5).exit_code == 0
+    result = run(root, *words, "--limit", 6, "-f")
+    assert result.exit_code == 0, result.output
+    assert run(root, *words, "--limit", 6).exit_code == 0
+    result = run(root, *words)
+    assert result.exit_code == 2 and "--limit" in result.output
+    task = task_folder / "choice.yaml"
+    task.write_text(task.read_text() + "# another\n")
+    result = run(root, *words, "--limit", 6)
+    assert result.exit_code == 2 and "--include-path" in result.output
 
 
 def test_unknown_tasks(root: Path, task_folder: Path, tmp_path: Path) -> None:

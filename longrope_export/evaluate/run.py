@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,36 +74,48 @@ def evaluate(
     if not texts and (settings.perplexity or settings.passkey or settings.needle):
         raise ConfigError("perplexity, passkey and needle tasks need a --text")
     check_lengths(subjects, settings.lengths[-1])
+    session = _Session(texts, settings, options or Options())
     if settings.tasks:
         from longrope_export.evaluate.tasks import check_tasks
 
-        options_ = options or Options()
-        check_tasks(settings.tasks, options_.include_path)
+        check_tasks(settings.tasks, session.options.include_path)
     give_back_large_blocks()
-    session = _Session(texts, settings, options or Options())
     measured = []
     cells = make_cells(settings, [subject.label for subject in subjects], texts)
     by_label = {subject.label: subject for subject in subjects}
-    for label in by_label:  # say what has changed before hours are spent on the rest
-        for cell in cells:
-            if cell.model == label:
-                journal.find(cell, by_label[label].identity)
+    identities = _identities(by_label, cells, session.options)
+    for cell, identity in zip(cells, identities, strict=True):
+        journal.find(cell, identity)  # say what has changed before hours are spent on the rest
     try:
-        for number, cell in enumerate(cells):
+        for number, (cell, identity) in enumerate(zip(cells, identities, strict=True)):
             subject = by_label[cell.model]
-            result = journal.find(cell, subject.identity)
+            result = journal.find(cell, identity)
             if result is None:
                 share = number / len(cells)
                 say(str(cell), share)
                 runtime = session.open(subject, cell.length)
                 step = _steps(cell, settings, share, len(cells), say)
                 result = session.measure(runtime, cell, step)
-                journal.add(cell, subject.identity, result)
+                journal.add(cell, identity, result)
             measured.append((cell, result))
         say("done", 1.0)
     finally:
         session.close()
     return measured
+
+
+def _identities(
+    subjects: Mapping[str, Subject], cells: Sequence[Cell], options: Options
+) -> list[str]:
+    """Of what each cell is measured on: the model, and for lm-eval the samples too."""
+    samples = ""
+    if options.include_path is not None and any(cell.task == LM_EVAL for cell in cells):
+        from longrope_export.evaluate.tasks import files_hash
+
+        samples = f", {files_hash(options.include_path)}, {options.limit}"
+    return [
+        subjects[cell.model].identity + (samples if cell.task == LM_EVAL else "") for cell in cells
+    ]
 
 
 def _steps(
@@ -129,7 +141,7 @@ class _Session:
 
     def __init__(self, texts: Sequence[Text], settings: Settings, options: Options) -> None:
         self._texts = {text.name: text.content for text in texts}
-        self._settings, self._options = settings, options
+        self._settings, self.options = settings, options
         self._subject: Subject | None = None
         self._length = 0
         self._runtime: Runtime | None = None
@@ -146,7 +158,7 @@ class _Session:
         self.close()
         context = length if subject.allocates else self._settings.lengths[-1]
         self._runtime = subject.open(
-            context, threads=self._options.threads, build=self._options.build
+            context, threads=self.options.threads, build=self.options.build
         )
         self._subject, self._length = subject, length
         return self._runtime
@@ -174,8 +186,8 @@ class _Session:
                 runtime,
                 cell.text,
                 longest=self._settings.lengths[-1],
-                include_path=self._options.include_path,
-                limit=self._options.limit,
+                include_path=self.options.include_path,
+                limit=self.options.limit,
                 seed=self._settings.seed,
             )
         else:

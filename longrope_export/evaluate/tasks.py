@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,24 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
                 f"--tasks {task}: no such task in {include_path}, which has "
                 f"{', '.join(sorted(known)) or 'none'}"
             )
+
+
+def files_hash(include_path: Path) -> str:
+    """SHA-256 of the names and contents of a folder's files, hex; what Python compiles left out.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(include_path.rglob("*")):
+            if path.is_file() and path.parent.name != "__pycache__":
+                with path.open("rb") as file:
+                    inner = hashlib.file_digest(file, "sha256").hexdigest()
+                digest.update(f"{path.relative_to(include_path)}\n{inner}\n".encode())
+    except OSError as error:
+        raise ConfigError(f"--include-path {include_path}: cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def run_task(
