@@ -80,6 +80,22 @@ def run(root: Path, *words: object):  # type: ignore[no-untyped-def]
 # windows and losses
 
 
+def test_logits_that_are_not_numbers_are_refused(root: Path, tmp_path: Path) -> None:
+    """Weights that float16 cannot hold."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "m", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e8)
+    shutil.copytree(root / "m", tmp_path / "m")
+    model.save_pretrained(tmp_path / "m")
+    words = [tmp_path / "m", "--text", "help.txt", "--lengths", 600, "-o", tmp_path / "r.json"]
+    words += ["--keys", 1, "--values", 0]
+    assert run(root, *words).exit_code == 0
+    for task in ("--perplexity", "--needle"):
+        result = run(root, *words, "--dtype", "float16", "--no-perplexity", task, "-f")
+        assert result.exit_code == 2, result.output
+        assert "(fp16) gave logits that are not numbers for position" in result.output
+
+
 @pytest.mark.parametrize(("tokens", "length", "stride"), [(100, 20, 20), (103, 20, 7), (20, 20, 1)])
 def test_every_token_is_scored_once_with_what_the_window_allows(
     tokens: int, length: int, stride: int

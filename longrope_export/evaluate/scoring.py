@@ -52,7 +52,7 @@ def window_losses(
         step: told how many tokens each call had.
 
     Raises:
-        ModelError: a server did not name a token's probability.
+        ModelError: logits that are not numbers; a server did not name a token's probability.
     """
     sequence = runtime.start(declared_length=declared_length or len(tokens), chunk_size=READ_CHUNK)
     are_logits = runtime.info.log_probabilities is None
@@ -74,12 +74,23 @@ def window_losses(
         step(end - position)
         position = end
     found = np.concatenate(values)
-    if np.isnan(found).any() and not are_logits:
+    if np.isnan(found).any():
+        if are_logits:
+            raise _not_numbers(runtime, first + 1 + int(np.isnan(found).argmax()))
         raise ModelError(
             f"{runtime.info.path} names {runtime.info.log_probabilities} tokens in each row, and a "
             "token of the text was not among them: let it name all (vLLM: --max-logprobs -1)"
         )
     return Losses(found, seconds, len(tokens) - 1)
+
+
+def _not_numbers(runtime: Runtime, position: int) -> ModelError:
+    info = runtime.info
+    return ModelError(
+        f"{info.path}: {info.name} ({info.precision}) gave logits that are not numbers for position "
+        f"{position}: half precision may have overflowed (try --dtype float32, or an export of more "
+        "bits), or weights or factors are damaged (longrope-export verify)"
+    )
 
 
 def _losses(rows: Logits, following: Sequence[int], are_logits: bool) -> Floats:
@@ -123,7 +134,7 @@ class Generation:
             The tokens that were made, and their text.
 
         Raises:
-            ModelError: the runtime has no tokenizer.
+            ModelError: the runtime has no tokenizer, or gives logits that are not numbers.
         """
         given = [*([] if self._waiting is None else [self._waiting]), *tokens]
         begun = time.perf_counter()
@@ -131,6 +142,8 @@ class Generation:
         self.read = (self.read[0] + len(given), self.read[1] + time.perf_counter() - begun)
         made: list[int] = []
         while True:
+            if np.isnan(rows[-1]).all():
+                raise _not_numbers(self.runtime, self.sequence.length)
             made.append(int(np.nanargmax(rows[-1])))
             text = self.runtime.detokenize(made)
             if text is None:
