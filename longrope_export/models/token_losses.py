@@ -42,7 +42,9 @@ def _chunk_losses(model: Any, hidden: Tensor, following: Tensor) -> Tensor:
 
     settings = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden).float()
-    logits = logits / (getattr(settings, "logits_scaling", None) or 1.0)  # granite
+    scaling = getattr(settings, "logits_scaling", None)  # granite
+    if scaling:
+        logits = logits / scaling
     softcap = getattr(settings, "final_logit_softcapping", None)  # gemma2
     if softcap:
         logits = (logits / softcap).tanh() * softcap
