@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,21 @@ def test_the_command_tunes_measures_and_writes_a_model_that_carries_its_factors(
     assert "causal, after" in text
 
 
+def test_rows_that_ask_for_numbers_teach_their_answers_alone(
+    model_path: Path, config: LongRopeConfig, texts: Path, tmp_path: Path
+) -> None:
+    far = replace(config.tiers[-1], max_length=1024)
+    longer = replace(config, max_position_embeddings=1024, tiers=(*config.tiers[:-1], far))
+    write_factors(longer, tmp_path / "f.json")
+    more = ["--recipe", "pose-lora-retrieval", "--tokens", "400", "--retrieval-keys", "1"]
+    more += ["--retrieval-share", "1", "--steps", "2"]
+    run_command(arguments(model_path, tmp_path / "f.json", texts, tmp_path / "run", *more))
+    steps = read_metrics(tmp_path / "run")
+    assert len(steps) == 2
+    for step in steps:
+        assert step.tokens == 800 and 0 < step.targets < 40  # two times ` 1234567.`
+
+
 def test_the_command_killed_at_any_moment_goes_on_to_the_same_losses(
     model_path: Path, factors: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -151,6 +167,8 @@ def test_the_command_killed_at_any_moment_goes_on_to_the_same_losses(
         (["--layout", "mixed", "--rule", "frozen", "--short-share", "2"], "short_share"),
         (["--short-share", "0.5"], "--short-share belongs to --layout mixed"),
         (["--tokens", "16"], "--tokens belongs to --layout pose"),
+        (["--retrieval-share", "1"], "--retrieval-share belongs to --layout pose or long"),
+        (["--retrieval-keys", "2"], "--retrieval-keys belongs to --retrieval-share"),
         (["--backend", "gather"], "--backend belongs to --sequence-parallel"),
         (["--needle-keys", "0"], "--needle-keys belongs to --validation-text"),
         (["--learning-rate", "-1"], "learning_rate is -1"),

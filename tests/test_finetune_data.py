@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from longrope_export.config import FactorTier
 from longrope_export.errors import ConfigError, ModelError
+from longrope_export.finetune.retrieval import Retrieval
 from longrope_export.finetune.rows import (
     IGNORED,
     Layout,
@@ -243,6 +245,50 @@ def test_rows_depend_on_the_seed_and_the_index_alone(chosen: RowSettings) -> Non
     assert epochs[0] != epochs[1]
     other = TrainingRows(samples, chosen, seed=5)
     assert [other.row(k).ids.tolist() for k in range(len(rows))] != epochs[0]
+
+
+@pytest.mark.parametrize("layout", [Layout.POSE, Layout.LONG])
+def test_retrieval_rows_ask_for_numbers_that_stand_in_them(layout: Layout) -> None:
+    samples = samples_of(*[5000] * 6)
+    chosen = RowSettings(2500, layout, tokens=900)
+    retrieval = Retrieval(0.4, 2, lambda text: [-byte for byte in text.encode()])
+    rows = TrainingRows(samples, chosen, 3, retrieval)
+    plain = TrainingRows(samples, chosen, 3)
+    asked = 0
+    for index in range(10):
+        row, text = rows.row(index), plain.row(index)
+        np.testing.assert_array_equal(row.positions, text.positions)
+        assert len(row.ids) == len(text.ids) and not row.is_packed
+        hidden = row.ids < 0
+        if not hidden.any():
+            np.testing.assert_array_equal(row.targets, text.targets)
+            continue
+        asked += 1
+        kept = row.ids[~hidden]
+        np.testing.assert_array_equal(kept, text.ids[: len(kept)])
+        words = "".join(chr(-token) if token < 0 else "\0" for token in row.ids.tolist())
+        facts = dict(re.findall(r"magic numbers for (\S+) is: (\d+)\.", words))
+        answers = re.findall(r"number for (\S+) mentioned in the text is:( \d+\.)", words)
+        assert len(facts) == 2 and {key: answer[1:-1] for key, answer in answers} == facts
+        learned = "".join(chr(-token) for token in row.targets[row.targets != IGNORED].tolist())
+        assert learned == "".join(answer for _, answer in answers)
+        np.testing.assert_array_equal(row.ids, rows.row(index).ids)
+    assert asked == 4
+
+
+def test_retrieval_that_cannot_be_is_refused() -> None:
+    def encode(text: str) -> list[int]:
+        return [0] * len(text)
+
+    samples = samples_of(500)
+    for share, keys, message in ((1.5, 1, "retrieval_share"), (0.5, 65, "retrieval_keys")):
+        with pytest.raises(ConfigError, match=message):
+            Retrieval(share, keys, encode)
+    with pytest.raises(ConfigError, match="layout long or pose, not packed"):
+        TrainingRows(samples, RowSettings(200), 0, Retrieval(0.5, 1, encode))
+    rows = TrainingRows(samples, RowSettings(200, Layout.LONG), 0, Retrieval(1, 5, encode))
+    with pytest.raises(ConfigError, match="200 tokens is too short for 5 needles"):
+        rows.row(0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 1.0])

@@ -66,6 +66,9 @@ LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
               help="Whether the pieces are taken from where they stand in works of a window.")  # fmt: skip
 @click.option("--layout", type=click.Choice(LAYOUTS), help="Of the rows.")
 @click.option("--short-share", type=float, help="Rows of short documents, for the layout mixed.")
+@click.option("--retrieval-share", type=float,
+              help="Rows that hide numbers and ask for them, for the layouts pose and long.")  # fmt: skip
+@click.option("--retrieval-keys", type=int, help="Numbers of such a row.")
 @click.option("--rule", type=click.Choice(["frozen", "sequence", "causal"]),
               help="Whose factors a token is trained under.")  # fmt: skip
 @click.option("--lora", "lora_rank", type=int, metavar="RANK", help="Adapters; 0: all weights.")
@@ -157,9 +160,10 @@ def command(
             check_memory_for(chosen, geometry, target, at_once, dtype, device)
         tell = say if place.is_first else silence
         tell(f"reading {', '.join(given)}")
-        samples = make_samples(works, load_torch_tokenizer(source.path))
+        tokenizer = load_torch_tokenizer(source.path)
+        samples = make_samples(works, tokenizer)
         check_vocabulary(source, geometry, samples)
-        rows = make_rows(samples, chosen, config, seed)
+        rows = make_rows(samples, tokenizer, chosen, config, seed)
         rule = None if switch is None else SwitchPolicy(switch)
         options = FinetuneOptions(chosen, rule, seed, hash_of(samples))
         validation = None

@@ -29,6 +29,8 @@ def refuse_ignored(recipe: Recipe, ranks: int, validation_texts: tuple[str, ...]
     groups = (
         (("tokens", "chunks", "true_places"), "--layout pose", recipe.layout == "pose"),
         (("short_share",), "--layout mixed", recipe.layout == "mixed"),
+        (("retrieval_share",), "--layout pose or long", recipe.layout in ("pose", "long")),
+        (("retrieval_keys",), "--retrieval-share", recipe.retrieval_share > 0),
         (("backend",), "--sequence-parallel", ranks > 1),
         (
             ("validation_documents", "validation_length", "needle_keys"),
@@ -126,13 +128,20 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def make_rows(samples: list[Any], recipe: Recipe, config: LongRopeConfig, seed: int) -> Any:
-    """The rows of a recipe.
+def make_rows(
+    samples: list[Any], tokenizer: Any, recipe: Recipe, config: LongRopeConfig, seed: int
+) -> Any:
+    """The rows of a recipe; the tokenizer is transformers'.
 
     Raises:
         ConfigError: texts that are too short for it.
     """
+    from longrope_export.finetune.retrieval import Retrieval
     from longrope_export.finetune.rows import Layout, RowSettings, TrainingRows
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
 
     window = recipe.window or config.max_position_embeddings
     settings = RowSettings(
@@ -144,7 +153,10 @@ def make_rows(samples: list[Any], recipe: Recipe, config: LongRopeConfig, seed: 
         chunks=recipe.chunks,
         true_places=recipe.true_places,
     )
-    return TrainingRows(samples, settings, seed)
+    retrieval = None
+    if recipe.retrieval_share:
+        retrieval = Retrieval(recipe.retrieval_share, recipe.retrieval_keys, encode)
+    return TrainingRows(samples, settings, seed, retrieval)
 
 
 def read_validation(

@@ -20,12 +20,12 @@ from longrope_export.finetune.toml_files import (
 
 _WHOLE = {
     "window": 2, "tokens": 2, "steps": 1, "batch_size": 1, "warmup_steps": 0, "chunks": 1,
-    "lora_rank": 0, "lora_alpha": 1,
+    "lora_rank": 0, "lora_alpha": 1, "retrieval_keys": 1,
 }  # fmt: skip
 # whether 0 itself is left out
 _REAL = {
     "epochs": True, "learning_rate": True, "short_share": False, "weight_decay": False,
-    "max_grad_norm": False,
+    "max_grad_norm": False, "retrieval_share": False,
 }  # fmt: skip
 
 
@@ -71,6 +71,9 @@ class Recipe:
         chunks: pieces of a row under pose.
         true_places: under pose, whether pieces are taken from where they stand in a long work.
         short_share: of the rows under mixed that hold short documents.
+        retrieval_share: of the rows under pose or long that hide numbers in their text and ask for
+            them at the end; of these the answers alone are learned.
+        retrieval_keys: numbers of such a row.
         rule: see Rule.
         lora_rank: of adapters on every linear layer; 0 tunes all weights.
         lora_alpha: adapters are scaled by alpha / rank; None for twice the rank.
@@ -95,6 +98,8 @@ class Recipe:
     chunks: int = 2
     true_places: bool = False
     short_share: float = 0.3
+    retrieval_share: float = 0.0
+    retrieval_keys: int = 5
     rule: Rule = Rule.FROZEN
     lora_rank: int = 0
     lora_alpha: int | None = None
@@ -180,12 +185,14 @@ def _parse(name: str, text: str) -> Recipe:
         "chunks": layout == "pose",
         "true_places": layout == "pose",
         "short_share": layout == "mixed",
+        "retrieval_share": layout in ("pose", "long"),
+        "retrieval_keys": bool(values.get("retrieval_share")),
         "lora_alpha": bool(values.get("lora_rank")),
     }
     for key, is_used in unused.items():
         if key in values and not is_used:
             raise ConfigError(
-                f"recipe {name}: {key} would be ignored with its layout and lora_rank"
+                f"recipe {name}: {key} would be ignored with its layout, lora_rank and retrieval_share"
             )
     try:
         return Recipe(name=name, **values)

@@ -13,6 +13,7 @@ from enum import StrEnum
 import numpy as np
 
 from longrope_export.errors import ConfigError
+from longrope_export.finetune.retrieval import Retrieval
 from longrope_export.finetune.row_sources import (
     Epoch,
     Part,
@@ -132,15 +133,29 @@ class TrainingRows:
         samples: not copied; those without targets take no part.
         settings: see there.
         seed: of everything random, 0 or more.
+        retrieval: which rows ask for hidden numbers; None for none. Not with packed rows, whose
+            works must not see each other.
 
     Raises:
         ConfigError: samples that are too short or too few for the layout, or without targets.
     """
 
-    def __init__(self, samples: Sequence[Sample], settings: RowSettings, seed: int) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        settings: RowSettings,
+        seed: int,
+        retrieval: Retrieval | None = None,
+    ) -> None:
         if seed < 0:
             raise ConfigError(f"rows: seed {seed}: expected 0 or more")
+        if retrieval is not None and settings.layout not in (Layout.LONG, Layout.POSE):
+            raise ConfigError(
+                f"rows: numbers are hidden in rows of one work, layout long or pose, not "
+                f"{settings.layout}"
+            )
         self._samples, self.settings, self.seed = samples, settings, seed
+        self._retrieval = retrieval
         self._parts = self._make_parts()
         self._count = sum(part.taken for part in self._parts)
         self._shuffled: tuple[int, Epoch] | None = None
@@ -155,9 +170,15 @@ class TrainingRows:
             rng = np.random.default_rng((self.seed, epoch))
             self._shuffled = epoch, Epoch(self._parts, rng)
         spans, is_packed = self._shuffled[1].spans(number)
-        if self.settings.layout is not Layout.POSE:
-            return _make_row(self._samples, spans, is_packed)
-        return self._pose_row(spans[0], np.random.default_rng((self.seed, index)))
+        rng = np.random.default_rng((self.seed, index))
+        if self.settings.layout is Layout.POSE:
+            row = self._pose_row(spans[0], rng)
+        else:
+            row = _make_row(self._samples, spans, is_packed)
+        if self._retrieval is None or not self._retrieval.asks(index):
+            return row
+        ids, targets = self._retrieval.hide(row.ids, rng)
+        return Row(ids, row.positions, targets)
 
     def _make_parts(self) -> list[Part]:
         settings, layout = self.settings, self.settings.layout
