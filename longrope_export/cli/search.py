@@ -86,13 +86,15 @@ ALGORITHMS = ("longrope", "longrope2", "practical")
               show_default=True, help="Of the model.")  # fmt: skip
 @click.option("--device", "devices", multiple=True, metavar="DEVICE",
               help="A process for each, as cuda:0; repeat it [the GPU if there is one].")  # fmt: skip
+@click.option("--sequence-parallel", type=click.IntRange(min=1), default=1, show_default=True,
+              metavar="N", help="Devices that share every pass, for long targets.")  # fmt: skip
 @click.option("--ray", "ray_address", metavar="ADDRESS", help="Workers on a Ray cluster.")
 @click.option("--ray-workers", type=int, help="How many of them.")
 @json_option
 def command(
     model: str, revision: str | None, local_files_only: bool, output: Path, as_json: bool,
     resume: bool, texts: tuple[str, ...], devices: tuple[str, ...], ray_address: str | None,
-    ray_workers: int | None, warm_start: Path | None, **given: Any,
+    ray_workers: int | None, sequence_parallel: int, warm_start: Path | None, **given: Any,
 ) -> None:  # fmt: skip
     """Find the factors that suit a model and its texts.
 
@@ -116,6 +118,7 @@ def command(
     from longrope_export.texts import read_texts
 
     refuse_ignored(given)
+    refuse_unshared(given, sequence_parallel)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     warm = None if warm_start is None else read_factors(warm_start, source)
     options = make_options(given, warm)
@@ -125,7 +128,11 @@ def command(
     def start(documents: Sequence[Document]) -> Workers:
         setup = Setup(source.path, tuple(documents), source.window, options.dtype)
         return make_workers(
-            setup, list(devices) or None, ray_address=ray_address, num_workers=ray_workers
+            setup,
+            list(devices) or None,
+            ray_address=ray_address,
+            num_workers=ray_workers,
+            sequence_parallel=sequence_parallel,
         )
 
     make: type[SearchRun] | type[RecoveryRun] = RecoveryRun if options.recover else SearchRun
@@ -187,6 +194,28 @@ def refuse_ignored(given: dict[str, Any]) -> None:
     for name, needed in _NEED.items():
         if is_set(name) and not given[needed]:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --{needed}")
+
+
+def refuse_unshared(given: dict[str, Any], ranks: int) -> None:
+    """Refuse searches with passes that several devices cannot share, before the first pass.
+
+    Raises:
+        ConfigError: saying what would need them.
+    """
+    from longrope_export.errors import ConfigError
+
+    needs = {
+        "--ladder has blocks behind prefixes": given["ladder"],
+        "--algorithm practical has gradients and blocks": given["algorithm"] == "practical",
+        "measuring both rules needs several tiers in a pass; give --switch": (
+            given["switch"] is None and not given["recover"]
+        ),
+    }
+    for need, applies in needs.items():
+        if ranks > 1 and applies:
+            raise ConfigError(
+                f"--sequence-parallel {ranks} shares whole passes under one tier only: {need}"
+            )
 
 
 def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:

@@ -61,6 +61,9 @@ class Setup:
             import torch
 
             torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
+        return self._make(device)
+
+    def _make(self, device: str) -> Scores:
         return Scorer(self.path, self.documents, self.window, self.dtype, device)
 
 
