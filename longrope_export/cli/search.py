@@ -118,7 +118,7 @@ def command(
     from longrope_export.texts import read_texts
 
     refuse_ignored(given)
-    refuse_unshared(given, sequence_parallel)
+    refuse_unshared(given, sequence_parallel, devices, ray_address)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     warm = None if warm_start is None else read_factors(warm_start, source)
     options = make_options(given, warm)
@@ -196,26 +196,30 @@ def refuse_ignored(given: dict[str, Any]) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --{needed}")
 
 
-def refuse_unshared(given: dict[str, Any], ranks: int) -> None:
-    """Refuse searches with passes that several devices cannot share, before the first pass.
+def refuse_unshared(
+    given: dict[str, Any], ranks: int, devices: Sequence[str], ray_address: str | None
+) -> None:
+    """Refuse devices that cannot share passes, and searches whose passes cannot be shared.
 
     Raises:
-        ConfigError: saying what would need them.
+        LongRopeError: saying what is expected, or what the search would need.
     """
     from longrope_export.errors import ConfigError
+    from longrope_export.search.workers import check_sharing
 
-    needs = {
-        "--ladder has blocks behind prefixes": given["ladder"],
-        "--algorithm practical has gradients and blocks": given["algorithm"] == "practical",
-        "measuring both rules needs several tiers in a pass; give --switch": (
-            given["switch"] is None and not given["recover"]
-        ),
-    }
-    for need, applies in needs.items():
-        if ranks > 1 and applies:
-            raise ConfigError(
-                f"--sequence-parallel {ranks} shares whole passes under one tier only: {need}"
-            )
+    check_sharing(ranks, devices, ray_address)
+    if ranks == 1:
+        return
+    if given["ladder"]:
+        raise ConfigError(
+            f"--sequence-parallel {ranks} shares whole passes, and --ladder computes blocks behind "
+            f"cached prefixes: leave one of them out"
+        )
+    if given["switch"] != "sequence" and not given["recover"]:
+        raise ConfigError(
+            f"--sequence-parallel {ranks} computes a pass under one tier; under the rule causal, "
+            f"which would be measured, it has several: give --switch sequence"
+        )
 
 
 def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:

@@ -161,16 +161,12 @@ class Scorer:
         from longrope_export.search.gradient import differentiate
 
         ids = self._ids(job.document)
-        loss, slopes = differentiate(
-            self.model,
-            job.config,
-            ids,
-            lambda hidden, following: token_losses(self.model, hidden, following)[0],
-        )
-        for value in (loss, *slopes):
-            _check_finite(value)
-        count = len(ids) - 1
-        return Score((loss * count,), (count,), (0,), GRADIENT_COST * len(ids), 0.0, slopes)
+
+        def mean_loss() -> Tensor:
+            hidden = self.model.get_decoder()(ids[None], use_cache=False).last_hidden_state[0]
+            return token_losses(self.model, hidden[:-1], ids[1:])[0].mean()
+
+        return gradient_score(*differentiate(self.model, job.config, mean_loss), len(ids))
 
     # -- what they share
 
@@ -205,6 +201,23 @@ def score_of(losses: Sequence[Tensor], tokens: int) -> Score:
         _check_finite(value)
     hits = tuple(int(part[1].sum()) for part in losses)
     return Score(sums, tuple(part.shape[1] for part in losses), hits, tokens, 0.0)
+
+
+def gradient_score(loss: float, slopes: Sequence[float], tokens: int) -> Score:
+    """The score of a gradient over a document.
+
+    Args:
+        loss: nats per token.
+        slopes: see Score.
+        tokens: of the document.
+
+    Raises:
+        ModelError: one of them is not a finite number.
+    """
+    for value in (loss, *slopes):
+        _check_finite(value)
+    count = tokens - 1
+    return Score((loss * count,), (count,), (0,), GRADIENT_COST * tokens, 0.0, tuple(slopes))
 
 
 def _check_finite(loss: float) -> None:
