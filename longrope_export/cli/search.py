@@ -110,6 +110,7 @@ def command(
     longrope-export search extended/ --target-length 131072 --text books/ -o run/ --recover 4096,8192
     """
     from longrope_export.factor_files import read_factors
+    from longrope_export.models.hf_config import refuse_quantized
     from longrope_export.models.model import find_model, load_model
     from longrope_export.search.pool import Setup
     from longrope_export.search.recovery import RecoveryRun
@@ -120,6 +121,7 @@ def command(
     refuse_ignored(given)
     refuse_unshared(given, sequence_parallel, devices, ray_address)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    refuse_quantized(source.path)
     warm = None if warm_start is None else read_factors(warm_start, source)
     options = make_options(given, warm)
     say(f"reading {', '.join(texts)}")
