@@ -21,6 +21,7 @@ from test_search_run import (  # the fixtures are used by name
     TARGET,
     arguments,
     folder,  # noqa: F401
+    make_extended,
     start,
     texts,  # noqa: F401
     with_tokenizer,  # noqa: F401
@@ -38,10 +39,11 @@ from longrope_export.models.model import load_model
 from longrope_export.search import team
 from longrope_export.search.evaluator import Budget
 from longrope_export.search.jobs import Document, Job, Score, Workers
-from longrope_export.search.options import Outcome
+from longrope_export.search.options import Outcome, SearchOptions
 from longrope_export.search.pool import Setup
+from longrope_export.search.recovery import RecoveryRun
 from longrope_export.search.run import SearchRun
-from longrope_export.search.run_base import Texts
+from longrope_export.search.run_base import Run, Texts
 from longrope_export.search.sharded import ShardedScorer
 from longrope_export.search.workers import ProcessWorkers, check_sharing, make_workers
 
@@ -293,6 +295,66 @@ def test_a_practical_search_that_was_cut_ends_as_an_unbroken_one(
             assert again.result[part] == whole.result[part]
     assert kept.ranks is not None
     kept.ranks.close()
+
+
+def unshared_jobs(
+    folder: Path,  # noqa: F811
+    texts: Texts,  # noqa: F811
+    options: SearchOptions,
+    place: Path,
+    kind: type[Run] = SearchRun,
+) -> tuple[int, int]:
+    """How many passes of a search are there, and how many of them ranks cannot share."""
+    run = start(folder, texts, options, place, kind)
+    inner, seen = run.workers.run, list[bool]()
+
+    def watched(jobs: Sequence[Job], done: Callable[[int, Score], None]) -> None:
+        for job in jobs:
+            causal = job.config.switch is SwitchPolicy.CAUSAL and len(job.config.tiers) > 1
+            seen.append(job.prefix is not None or causal)
+        inner(jobs, done)
+
+    run.workers.run = watched  # type: ignore[method-assign]
+    run.execute()
+    run.close()
+    return len(seen), sum(seen)
+
+
+@pytest.mark.parametrize("name", ["longrope", "longrope2", "practical", "recover"])
+def test_what_is_not_refused_has_only_passes_that_ranks_share(
+    folder: Path,  # noqa: F811
+    texts: Texts,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+) -> None:
+    kind: type[Run] = SearchRun
+    if name == "recover":
+        folder, kind = tmp_path / "model", RecoveryRun
+        make_extended(folder)
+        options = replace(BY_ALGORITHM["practical"], recover=(32, 64))
+    else:
+        options = replace(BY_ALGORITHM[name], switch=SwitchPolicy.SEQUENCE)
+    passes, unshared = unshared_jobs(folder, texts, options, tmp_path / "run", kind)
+    assert passes > 20
+    assert unshared == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        BY_ALGORITHM["longrope"],
+        replace(BY_ALGORITHM["longrope"], switch=SwitchPolicy.CAUSAL),
+        replace(BY_ALGORITHM["ladder"], switch=SwitchPolicy.SEQUENCE),
+    ],
+    ids=["both rules", "causal", "ladder"],
+)
+def test_what_is_refused_has_passes_that_ranks_cannot_share(
+    folder: Path,  # noqa: F811
+    texts: Texts,  # noqa: F811
+    tmp_path: Path,
+    options: SearchOptions,
+) -> None:
+    assert unshared_jobs(folder, texts, options, tmp_path / "run")[1] > 0
 
 
 SHARED = ["--switch", "sequence", "--device", "cpu", "--device", "cpu", "--sequence-parallel", "2"]
