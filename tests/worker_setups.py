@@ -65,6 +65,8 @@ class Toy(Watched):
         who, _, what = text.rpartition(": ")
         if who in ("", f"rank {self.rank}"):
             return what
+        if what == "die late once":  # its partners notice before anyone outside
+            return "lose a partner once"
         return "wait once" if what.endswith("once") else "endless"
 
 
@@ -82,6 +84,11 @@ class ToyScorer:
             raise ValueError("odd")
         if name == "die once" and self.is_first(job):
             os.kill(os.getpid(), signal.SIGKILL)
+        if name == "die late once" and self.is_first(job):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "lose a partner once" and self.is_first(job):
+            raise RuntimeError("Connection closed by peer")
         if name == "break the GPU once" and self.is_first(job):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if name == "endless" or (name == "wait once" and self.is_first(job)):
