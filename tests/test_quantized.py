@@ -11,8 +11,13 @@ from tiny_models import SENTENCES, add_bpe_tokenizer, edit_json, make_model
 
 from longrope_export.cli import main
 from longrope_export.errors import UnsupportedError
+from longrope_export.finetune.model import TrainingModel
+from longrope_export.finetune.recipes import load_recipe
 from longrope_export.models.hf_config import refuse_quantized
-from longrope_export.models.torch_model import load_torch_model
+from longrope_export.models.model import load_model
+from longrope_export.runtimes.hf import HfModel
+from longrope_export.search.scorer import Scorer
+from longrope_export.verify.exports import verify_exports
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
@@ -122,8 +127,19 @@ def test_what_says_that_weights_are_quantized_is_named(
     edit_json(tmp_path / "config.json", **settings)
     with pytest.raises(UnsupportedError, match=told):
         refuse_quantized(tmp_path)
-    with pytest.raises(UnsupportedError, match=told):
-        load_torch_model(tmp_path)
+
+
+def test_whoever_loads_weights_from_python_refuses_too(place: Path) -> None:
+    folder = place / "model"
+    config = load_model(folder).native
+    for load in (
+        lambda: Scorer(folder, (), 64),
+        lambda: HfModel(folder),
+        lambda: TrainingModel(folder, config, load_recipe("yarn"), 0),
+        lambda: verify_exports(load_model(folder), config, (), 64),
+    ):
+        with pytest.raises(UnsupportedError, match="its weights are quantized"):
+            load()
 
 
 def test_modelopt_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:

@@ -102,7 +102,6 @@ def command(
     if len(paths) < 2:
         raise click.UsageError("give MODEL and at least one EXPORT")
     model, *exports = paths
-    from longrope_export.models.hf_config import refuse_quantized
     from longrope_export.models.model import find_model, load_model
     from longrope_export.outputs import check_output, write_text
     from longrope_export.runtimes.open import parse_export
@@ -111,7 +110,6 @@ def command(
     from longrope_export.verify.report import save_plot
 
     source = load_model(find_model(model))
-    refuse_quantized(source.path)
     config = given_factors(factors, tiers, source, switch) or source.native
     chosen = [parse_export(export) for export in exports]
     used = check_length(source, config, length)

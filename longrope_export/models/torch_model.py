@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.errors import ModelError, UnsupportedError
-from longrope_export.models.hf_config import refuse_quantized
 
 
 def load_torch_model(
@@ -19,11 +18,9 @@ def load_torch_model(
         trust_remote_code: run the modelling file that lies in the folder.
 
     Raises:
-        UnsupportedError: torch or transformers is not installed, or the weights are quantized
-            (transformers would need further packages, or unpack some to bfloat16 unasked).
+        UnsupportedError: torch or transformers is not installed.
         ModelError: transformers cannot load it.
     """
-    refuse_quantized(path)
     try:
         import torch
         import transformers

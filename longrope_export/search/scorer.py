@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
 from longrope_export.hf_runtime import LongRopeRuntime, apply_longrope, remove_longrope
+from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.token_losses import token_losses
 from longrope_export.models.torch_model import load_torch_model
 from longrope_export.search.jobs import Document, Job, Score, essence, spans_of
@@ -42,7 +43,8 @@ class Scorer:
         device: as torch names it.
 
     Raises:
-        UnsupportedError: torch or transformers is not installed, or the family is not known.
+        UnsupportedError: torch or transformers is not installed, the family is not known, or the
+            weights are quantized.
         ModelError: transformers cannot load the model.
     """
 
@@ -54,6 +56,7 @@ class Scorer:
         dtype: str = "float32",
         device: str = "cpu",
     ) -> None:
+        refuse_quantized(path)
         model, _ = load_torch_model(path, dtype)
         self._init(model.to(device), documents, window)
 
