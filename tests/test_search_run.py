@@ -263,8 +263,9 @@ def test_a_warm_start_is_one_of_the_seeds(folder: Path, texts: Texts, tmp_path: 
     run.close()
 
 
-def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", dtype="float32", max_position_embeddings=WINDOW)
+def make_extended(folder: Path) -> FactorTier:
+    """A model that was extended from WINDOW to TARGET; its long tier."""
+    make_model(folder, dtype="float32", max_position_embeddings=WINDOW)
     long = make_config(load_model(folder), "yarn", TARGET, switch=SwitchPolicy.SEQUENCE)
     tier = long.tiers[0]
     edit_json(
@@ -279,6 +280,12 @@ def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: 
             "original_max_position_embeddings": WINDOW,
         },
     )
+    return tier
+
+
+def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tier = make_extended(folder)
     options = replace(OPTIONS, recover=(32, 64))
     run = start(folder, texts, options, tmp_path / "run", RecoveryRun)
     outcome = run.execute()

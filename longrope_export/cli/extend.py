@@ -70,6 +70,7 @@ def command(
     from longrope_export.finetune.plan import load_plan
     from longrope_export.finetune.resolve import resolve
     from longrope_export.finetune.runner import run_plan
+    from longrope_export.models.hf_config import refuse_quantized
     from longrope_export.models.model import find_model, load_model
     from longrope_export.outputs import check_outside
 
@@ -80,6 +81,7 @@ def command(
             raise ConfigError(f"{option} belongs to --dry-run: it would be ignored")
     folder = output or Path("run")
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    refuse_quantized(source.path)
     check_outside(folder, source.path)
     written = load_plan(plan)
     steps = resolve(written, source, folder, read_commands(), dry=dry_run)

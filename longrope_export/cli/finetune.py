@@ -130,11 +130,13 @@ def command(
     from longrope_export.finetune.run import FinetuneOptions, check_recipe, finetune
     from longrope_export.finetune.samples import hash_of, make_samples
     from longrope_export.finetune.training import Machine, passes_per_step
+    from longrope_export.models.hf_config import refuse_quantized
     from longrope_export.models.model import find_model, load_model
     from longrope_export.models.torch_model import default_device, load_torch_tokenizer
     from longrope_export.texts import read_works
 
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    refuse_quantized(source.path)
     config = given_factors(factors, tiers, source)
     if config is None:
         raise ConfigError("finetune needs --factors or --tier: factors to train under")

@@ -82,11 +82,14 @@ def command(
     longrope-export safetensors model.gguf --dtype bf16 -o model
     """
     from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
+    from longrope_export.models.hf_config import refuse_quantized
     from longrope_export.models.model import find_model, load_model
     from longrope_export.outputs import check_output_folder
     from longrope_export.stock_rope import DEFINITION_FILE
 
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    if verify:  # a folder's weights are only copied, but then they are computed with
+        refuse_quantized(source.path)
     config = given_factors(factors, tiers, source, switch)
     target = (output or _default_output(source.path)).absolute()
     options = SafetensorsOptions(

@@ -86,13 +86,15 @@ ALGORITHMS = ("longrope", "longrope2", "practical")
               show_default=True, help="Of the model.")  # fmt: skip
 @click.option("--device", "devices", multiple=True, metavar="DEVICE",
               help="A process for each, as cuda:0; repeat it [the GPU if there is one].")  # fmt: skip
+@click.option("--sequence-parallel", type=click.IntRange(min=1), default=1, show_default=True,
+              metavar="N", help="Devices that share every pass, for long targets.")  # fmt: skip
 @click.option("--ray", "ray_address", metavar="ADDRESS", help="Workers on a Ray cluster.")
 @click.option("--ray-workers", type=int, help="How many of them.")
 @json_option
 def command(
     model: str, revision: str | None, local_files_only: bool, output: Path, as_json: bool,
     resume: bool, texts: tuple[str, ...], devices: tuple[str, ...], ray_address: str | None,
-    ray_workers: int | None, warm_start: Path | None, **given: Any,
+    ray_workers: int | None, sequence_parallel: int, warm_start: Path | None, **given: Any,
 ) -> None:  # fmt: skip
     """Find the factors that suit a model and its texts.
 
@@ -108,6 +110,7 @@ def command(
     longrope-export search extended/ --target-length 131072 --text books/ -o run/ --recover 4096,8192
     """
     from longrope_export.factor_files import read_factors
+    from longrope_export.models.hf_config import refuse_quantized
     from longrope_export.models.model import find_model, load_model
     from longrope_export.search.pool import Setup
     from longrope_export.search.recovery import RecoveryRun
@@ -116,7 +119,9 @@ def command(
     from longrope_export.texts import read_texts
 
     refuse_ignored(given)
+    refuse_unshared(given, sequence_parallel, devices, ray_address)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    refuse_quantized(source.path)
     warm = None if warm_start is None else read_factors(warm_start, source)
     options = make_options(given, warm)
     say(f"reading {', '.join(texts)}")
@@ -125,7 +130,11 @@ def command(
     def start(documents: Sequence[Document]) -> Workers:
         setup = Setup(source.path, tuple(documents), source.window, options.dtype)
         return make_workers(
-            setup, list(devices) or None, ray_address=ray_address, num_workers=ray_workers
+            setup,
+            list(devices) or None,
+            ray_address=ray_address,
+            num_workers=ray_workers,
+            sequence_parallel=sequence_parallel,
         )
 
     make: type[SearchRun] | type[RecoveryRun] = RecoveryRun if options.recover else SearchRun
@@ -187,6 +196,32 @@ def refuse_ignored(given: dict[str, Any]) -> None:
     for name, needed in _NEED.items():
         if is_set(name) and not given[needed]:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --{needed}")
+
+
+def refuse_unshared(
+    given: dict[str, Any], ranks: int, devices: Sequence[str], ray_address: str | None
+) -> None:
+    """Refuse devices that cannot share passes, and searches whose passes cannot be shared.
+
+    Raises:
+        LongRopeError: saying what is expected, or what the search would need.
+    """
+    from longrope_export.errors import ConfigError
+    from longrope_export.search.workers import check_sharing
+
+    check_sharing(ranks, devices, ray_address)
+    if ranks == 1:
+        return
+    if given["ladder"]:
+        raise ConfigError(
+            f"--sequence-parallel {ranks} shares whole passes, and --ladder computes blocks behind "
+            f"cached prefixes: leave one of them out"
+        )
+    if given["switch"] != "sequence" and not given["recover"]:
+        raise ConfigError(
+            f"--sequence-parallel {ranks} computes a pass under one tier; under the rule causal, "
+            f"which would be measured, it has several: give --switch sequence"
+        )
 
 
 def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:

@@ -12,6 +12,7 @@ from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError, UnsupportedError
 from longrope_export.finetune.recipes import Recipe, Rule
 from longrope_export.hf_runtime import LongRopeRuntime, apply_longrope, remove_longrope
+from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.token_losses import IGNORED, token_losses
 from longrope_export.models.torch_model import load_torch_model
 from longrope_export.verify.certificate import FILE_NAME as CERTIFICATE
@@ -37,7 +38,8 @@ class TrainingModel:
         runtime: the definition at work, frozen or not.
 
     Raises:
-        UnsupportedError: torch, transformers or peft is not installed; the config does not fit.
+        UnsupportedError: torch, transformers or peft is not installed; the config does not fit;
+            the weights are quantized.
         ModelError: transformers cannot load it.
     """
 
@@ -46,6 +48,7 @@ class TrainingModel:
     ) -> None:
         import torch
 
+        refuse_quantized(path)
         causal_lm, _ = load_torch_model(path, "float32")
         self.model = causal_lm.to(device).train()
         self._stored_dtype = stored_dtype(path)

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longrope_export.errors import ModelError
+from longrope_export.errors import ModelError, UnsupportedError
 from longrope_export.models.families import Family, family_of_hf
 
 MAX_CONFIG_BYTES = 64 << 20
 _LEGACY_TYPES = {"su": "longrope"}
+# the second one of old compressed-tensors
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_QUANTIZATION_FILE = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,37 @@ class HfConfig:
     def rope(self) -> HfRope:
         return _read_rope(self)
 
+    @property
+    def quantization(self) -> str:
+        """What says that the weights are quantized, and how; "" for plain weights."""
+        for key in _QUANTIZATION_KEYS:
+            if block := self.values.get(key):
+                method = block.get("quant_method") if isinstance(block, dict) else block
+                return f"{key} in config.json" + (f": {method}" if method else "")
+        # of NVIDIA's ModelOpt
+        return _QUANTIZATION_FILE if (self.folder / _QUANTIZATION_FILE).is_file() else ""
+
 
 def is_hf_folder(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").is_file()
+
+
+def refuse_quantized(path: Path) -> None:
+    """For whoever computes with the weights of a model; a GGUF, whose types are known, passes.
+
+    Raises:
+        UnsupportedError: a Hugging Face folder whose weights are quantized.
+        ModelError: its config.json cannot be read.
+    """
+    found = read_hf_config(path).quantization if is_hf_folder(path) else ""
+    if found:
+        raise UnsupportedError(
+            f"{path}: its weights are quantized ({found}); expected plain ones (BF16, F16 or F32). "
+            f"Give the checkpoint that it was made from, or dequantize it first with transformers "
+            f"and what it wants for this method: model = AutoModelForCausalLM.from_pretrained("
+            f"{str(path)!r}); model.dequantize(); model.save_pretrained(NEW), and the tokenizer "
+            f"likewise"
+        )
 
 
 def read_hf_config(folder: Path) -> HfConfig:

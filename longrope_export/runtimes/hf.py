@@ -12,6 +12,7 @@ import numpy as np
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
+from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.model import load_model
 from longrope_export.models.torch_model import load_torch_model, load_torch_tokenizer
 from longrope_export.runtimes.base import DEFAULT_CHUNK, Logits, RuntimeInfo, Tokens
@@ -49,7 +50,8 @@ class HfModel:
         device: as torch names it.
 
     Raises:
-        UnsupportedError: torch or transformers is not installed, or a config does not fit.
+        UnsupportedError: torch or transformers is not installed, a config does not fit, or the weights
+            are quantized.
         ModelError: transformers cannot load the model.
     """
 
@@ -64,6 +66,7 @@ class HfModel:
     ) -> None:
         from longrope_export.hf_runtime import apply_longrope
 
+        refuse_quantized(path)
         self._path = path
         source = load_model(path)
         carries = source.has_definition or source.has_longrope

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import ModelError
-from longrope_export.models.hf_config import is_hf_folder
+from longrope_export.models.hf_config import is_hf_folder, refuse_quantized
 from longrope_export.runtimes.base import Runtime
 
 RUNTIMES = {
@@ -43,7 +43,15 @@ def parse_export(text: str) -> Export:
 
     Raises:
         ModelError: there is no such path or runtime, or the path is none of the known kinds.
+        UnsupportedError: a folder for transformers holds quantized weights.
     """
+    export = _parse_export(text)
+    if export.runtime.startswith("transformers"):
+        refuse_quantized(Path(export.path))
+    return export
+
+
+def _parse_export(text: str) -> Export:
     address = text.removeprefix("server=")
     if address.startswith(("http://", "https://")):
         return Export("server", address)

@@ -18,21 +18,19 @@ if TYPE_CHECKING:
 def differentiate(
     model: Any,
     config: LongRopeConfig,
-    ids: Tensor,
-    losses: Callable[[Tensor, Tensor], Tensor],
+    mean_loss: Callable[[], Tensor],
 ) -> tuple[float, tuple[float, ...]]:
-    """Mean loss of a document, and its slopes.
+    """A loss of a pass, and its slopes.
 
     Layers are checkpointed: memory is that of one layer and of the hidden states between layers.
 
     Args:
         config: one tier for all positions and all layers.
-        ids: (n,) the document.
-        losses: (hidden (n, width), following (n,)) -> (n,) losses.
+        mean_loss: runs the model over whole rows from position 0, without a cache, to a scalar.
 
     Returns:
-        The loss in nats per token, and (pairs + 1,) its derivatives by ln(factor) of each pair and
-        by ln(attention factor).
+        That scalar, and (pairs + 1,) its derivatives by ln(factor) of each pair and by
+        ln(attention factor).
 
     Raises:
         UnsupportedError: the config has several tiers, log scaling or a choice of layers.
@@ -50,8 +48,7 @@ def differentiate(
     logs.requires_grad_()
     speeds = torch.as_tensor(compute_inv_freq(config.rope_theta, config.rotary_dim))
     with _replaced(decoder, _rotary(logs, speeds, tier.num_start_tokens)), torch.enable_grad():
-        hidden = decoder(ids[None], use_cache=False).last_hidden_state[0]
-        loss = losses(hidden[:-1], ids[1:]).mean()
+        loss = mean_loss()
         (slopes,) = torch.autograd.grad(loss, logs)
     return float(loss.detach()), tuple(slopes.tolist())
 

@@ -7,7 +7,7 @@ import socket
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,7 @@ from longrope_export.errors import LongRopeError, ToolError
 from longrope_export.search.dispatch import MAX_RETRIES, HeldPrefixes, JobQueue
 from longrope_export.search.jobs import Document, Job, Score
 from longrope_export.search.scorer import Scorer
+from longrope_export.search.sharded import Shard, ShardedScorer
 
 
 class Scores(Protocol):
@@ -35,12 +36,14 @@ class Setup:
         documents: what jobs name by index.
         window: tokens that the model handles as it is.
         dtype: float32, bfloat16 or float16.
+        shard: for one of several processes that share every pass.
     """
 
     path: Path
     documents: tuple[Document, ...]
     window: int
     dtype: str = "float32"
+    shard: Shard | None = field(default=None, kw_only=True)
 
     def load(self, device: str, sharing: int = 1) -> Scores:
         """Load the model; for a process of its own, since settings of torch change.
@@ -61,7 +64,11 @@ class Setup:
             import torch
 
             torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
-        return Scorer(self.path, self.documents, self.window, self.dtype, device)
+        make = Scorer
+        if self.shard is not None:
+            self.shard.join(device)
+            make = ShardedScorer
+        return make(self.path, self.documents, self.window, self.dtype, device)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
-from longrope_export.hf_runtime import apply_longrope, remove_longrope
+from longrope_export.hf_runtime import LongRopeRuntime, apply_longrope, remove_longrope
+from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.token_losses import token_losses
 from longrope_export.models.torch_model import load_torch_model
 from longrope_export.search.jobs import Document, Job, Score, essence, spans_of
@@ -42,7 +43,8 @@ class Scorer:
         device: as torch names it.
 
     Raises:
-        UnsupportedError: torch or transformers is not installed, or the family is not known.
+        UnsupportedError: torch or transformers is not installed, the family is not known, or the
+            weights are quantized.
         ModelError: transformers cannot load the model.
     """
 
@@ -54,6 +56,7 @@ class Scorer:
         dtype: str = "float32",
         device: str = "cpu",
     ) -> None:
+        refuse_quantized(path)
         model, _ = load_torch_model(path, dtype)
         self._init(model.to(device), documents, window)
 
@@ -97,7 +100,7 @@ class Scorer:
 
     def _whole(self, job: Job) -> Score:
         ids = self._ids(job.document)
-        with _definition(self.model, job.config):
+        with definition_on(self.model, job.config):
             hidden = self.model.get_decoder()(ids[None], use_cache=False).last_hidden_state[0]
         spans = spans_of(self.documents[job.document], self.window)
         # the token at position p is predicted by the one before it: its loss belongs to p
@@ -105,7 +108,7 @@ class Scorer:
         losses = [
             token_losses(self.model, hidden[p.start - 1 : p.stop - 1], ids[p]) for p in places
         ]
-        return _score(losses, len(ids))
+        return score_of(losses, len(ids))
 
     def _skipping(self, job: Job) -> Score:
         import torch
@@ -114,12 +117,12 @@ class Scorer:
         ids = self._ids(job.document)[: len(positions) + 1]
         where = positions[None].to(ids.device)
         mask = torch.ones_like(where)  # says that these are one text, whatever the positions jump
-        with _definition(self.model, job.config):
+        with definition_on(self.model, job.config):
             hidden = self.model.get_decoder()(
                 ids[None, :-1], position_ids=where, attention_mask=mask, use_cache=False
             ).last_hidden_state[0]
         losses = token_losses(self.model, hidden, ids[1:])
-        return _score(torch.split(losses, [b - a for a, b in job.blocks], dim=1), len(positions))
+        return score_of(torch.split(losses, [b - a for a, b in job.blocks], dim=1), len(positions))
 
     def _behind_prefix(self, job: Job, prefix: LongRopeConfig) -> Score:
         import torch
@@ -132,13 +135,13 @@ class Scorer:
             config = _behind(job.config, held, first)
             fork = _fork(cache, first, config)
             parts = []
-            with _definition(self.model, config):
+            with definition_on(self.model, config):
                 for part in torch.split(ids[None, first:stop], PIECE_TOKENS, dim=1):
                     output = self.model.get_decoder()(part, past_key_values=fork, use_cache=True)
                     parts.append(output.last_hidden_state[0])
             hidden, following = torch.cat(parts), ids[first + 1 : stop + 1]
             losses.append(token_losses(self.model, hidden[: len(following)], following))
-        return _score(losses, sum(stop - first for first, stop in job.blocks))
+        return score_of(losses, sum(stop - first for first, stop in job.blocks))
 
     def _prefix(self, document: int, config: LongRopeConfig, length: int) -> Any:
         """A cache of at least the first `length` tokens of a document."""
@@ -150,7 +153,7 @@ class Scorer:
         from transformers import DynamicCache
 
         ids, cache = self._ids(document)[:length], DynamicCache()
-        with _definition(self.model, config):
+        with definition_on(self.model, config):
             self.model.get_decoder()(ids[None], past_key_values=cache, use_cache=True)
         self._caches[key] = cache
         while len(self._caches) > KEPT_CACHES:
@@ -161,16 +164,12 @@ class Scorer:
         from longrope_export.search.gradient import differentiate
 
         ids = self._ids(job.document)
-        loss, slopes = differentiate(
-            self.model,
-            job.config,
-            ids,
-            lambda hidden, following: token_losses(self.model, hidden, following)[0],
-        )
-        for value in (loss, *slopes):
-            _check_finite(value)
-        count = len(ids) - 1
-        return Score((loss * count,), (count,), (0,), GRADIENT_COST * len(ids), 0.0, slopes)
+
+        def mean_loss() -> Tensor:
+            hidden = self.model.get_decoder()(ids[None], use_cache=False).last_hidden_state[0]
+            return token_losses(self.model, hidden[:-1], ids[1:])[0].mean()
+
+        return gradient_score(*differentiate(self.model, job.config, mean_loss), len(ids))
 
     # -- what they share
 
@@ -181,20 +180,47 @@ class Scorer:
 
 
 @contextlib.contextmanager
-def _definition(model: Any, config: LongRopeConfig) -> Iterator[None]:
-    apply_longrope(model, config)
+def definition_on(model: Any, config: LongRopeConfig) -> Iterator[LongRopeRuntime]:
+    """A model under a config, until the context ends."""
+    runtime = apply_longrope(model, config)
     try:
-        yield
+        yield runtime
     finally:
         remove_longrope(model)
 
 
-def _score(losses: Sequence[Tensor], tokens: int) -> Score:
+def score_of(losses: Sequence[Tensor], tokens: int) -> Score:
+    """The score of a pass.
+
+    Args:
+        losses: for each span (2, n): -ln p of its tokens, and whether they were the most probable.
+        tokens: that were computed.
+
+    Raises:
+        ModelError: a loss is not a finite number.
+    """
     sums = tuple(float(part[0].double().sum()) for part in losses)
     for value in sums:
         _check_finite(value)
     hits = tuple(int(part[1].sum()) for part in losses)
     return Score(sums, tuple(part.shape[1] for part in losses), hits, tokens, 0.0)
+
+
+def gradient_score(loss: float, slopes: Sequence[float], tokens: int) -> Score:
+    """The score of a gradient over a document.
+
+    Args:
+        loss: nats per token.
+        slopes: see Score.
+        tokens: of the document.
+
+    Raises:
+        ModelError: one of them is not a finite number.
+    """
+    for value in (loss, *slopes):
+        _check_finite(value)
+    count = tokens - 1
+    return Score((loss * count,), (count,), (0,), GRADIENT_COST * tokens, 0.0, tuple(slopes))
 
 
 def _check_finite(loss: float) -> None:

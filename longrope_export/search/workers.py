@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 
 from longrope_export.errors import LongRopeError
 from longrope_export.models.torch_model import default_device
 from longrope_export.search.dispatch import HeldPrefixes, JobQueue
 from longrope_export.search.jobs import Job, Score, Workers
-from longrope_export.search.pool import Host, Outcome, Pool, Scores, Setup, as_longrope_error
-
-GRACE_SECONDS = 5  # for a process that closed its pipe to be gone
+from longrope_export.search.pool import Outcome, Pool, Scores, Setup, as_longrope_error
+from longrope_export.search.team import Team
 
 
 class LocalWorkers:
@@ -69,7 +62,7 @@ class LocalWorkers:
 
 
 class ProcessWorkers(Pool):
-    """One process per device, each with the model loaded once.
+    """One process per device, each with the model loaded once; or several to a worker.
 
     Processes are spawned, so a program that is not guarded by `if __name__ == "__main__"` runs
     again in each. They end with this process, however it ends.
@@ -78,88 +71,77 @@ class ProcessWorkers(Pool):
         setup: what each process loads.
         devices: as torch names them, one process for each entry: cuda:0, cuda:1, or cpu several
             times. Processes on the CPU divide torch's threads between them.
+        ranks: processes that share every pass, for texts too long for one device: so many
+            neighbouring devices are one worker. See ShardedScorer for what they can share.
 
     Raises:
-        LongRopeError: devices is empty.
+        LongRopeError: devices is empty, or cannot be shared so; see check_sharing.
     """
 
-    def __init__(self, setup: Setup, devices: Sequence[str]) -> None:
+    def __init__(self, setup: Setup, devices: Sequence[str], ranks: int = 1) -> None:
         if not devices:
             raise LongRopeError("devices is empty, expected names such as cuda:0 or cpu")
-        super().__init__([f"{index} on {device}" for index, device in enumerate(devices)])
-        self._setup, self._devices = setup, list(devices)
-        self._processes: dict[int, tuple[SpawnProcess, Connection]] = {}
+        check_sharing(ranks, devices)
+        groups = [devices[first : first + ranks] for first in range(0, len(devices), ranks)]
+        super().__init__([f"{index} on {' + '.join(group)}" for index, group in enumerate(groups)])
+        self._setup, self._groups = setup, groups
+        self._sharing = sum(not device.startswith("cuda") for device in devices)
+        self._teams: dict[int, Team] = {}
 
     def _start(self, worker: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        device = self._devices[worker]
-        sharing = sum(not other.startswith("cuda") for other in self._devices)
-        process = context.Process(
-            target=_serve, args=(theirs, device, sharing), name=f"worker {worker}", daemon=True
-        )
-        process.start()
-        theirs.close()  # else the end of the process would not end the pipe
-        self._processes[worker] = (process, ours)
-        # not among the arguments: a process that dies before it reads them blocks start()
-        self._put(worker, self._setup)
+        self._teams[worker] = Team(f"worker {worker}", self._groups[worker])
+        self._teams[worker].start(self._setup, self._sharing)
 
     def _send(self, worker: int, job: Job) -> None:
-        self._put(worker, job)
+        self._teams[worker].send(job)
 
     def _wait(self) -> list[tuple[int, Outcome]]:
-        workers = {connection: worker for worker, (_, connection) in self._processes.items()}
-        answers = []
-        for connection in wait(list(workers)):
-            assert isinstance(connection, Connection)
-            worker = workers[connection]
-            try:
-                answers.append((worker, connection.recv()))
-            except (EOFError, OSError):
-                answers.append((worker, Outcome(death=self._autopsy(worker))))
-        return answers
+        while True:
+            outcomes = [(worker, team.outcome()) for worker, team in self._teams.items()]
+            found = [(worker, outcome) for worker, outcome in outcomes if outcome is not None]
+            if found:
+                return found
+            teams = {rank: team for team in self._teams.values() for rank in team.silent}
+            patience = [team.patience_seconds for team in self._teams.values()]
+            limits = [seconds for seconds in patience if seconds is not None]
+            for connection in wait(list(teams), min(limits, default=None)):
+                assert isinstance(connection, Connection)
+                teams[connection].receive(connection)
 
     def _stop(self, worker: int) -> None:
-        if worker not in self._processes:
-            return  # it could not even be started
-        process, connection = self._processes.pop(worker)
-        connection.close()
-        process.kill()  # nothing is worth waiting for
-        process.join()
-        process.close()
-
-    def _put(self, worker: int, message: Setup | Job) -> None:
-        with contextlib.suppress(OSError):  # it is dead, and its pipe will say so
-            self._processes[worker][1].send(message)
-
-    def _autopsy(self, worker: int) -> str:
-        process, _ = self._processes[worker]
-        process.join(GRACE_SECONDS)
-        code = process.exitcode
-        if code is None:
-            return "it closed its pipe"
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self._teams.pop(worker).stop()
 
 
-def _serve(connection: Connection, device: str, sharing: int) -> None:
-    """A worker process, from its start to its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    host = Host()
-    try:
-        connection.send(host.load(connection.recv(), device, sharing))
-        while True:
-            connection.send(host.score(connection.recv()))
-    except (EOFError, ConnectionError):
-        pass  # the parent closed the pipe
+def check_sharing(
+    ranks: int, devices: Sequence[str] | None, ray_address: str | None = None
+) -> None:
+    """Refuse devices that cannot share passes so; one rank takes any.
 
+    Args:
+        ranks: processes that share every pass.
+        devices: as the workers get them; None if none are named.
 
-def _end_with_parent() -> None:
-    """Also in the middle of a job, when nobody looks at the pipe."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    Raises:
+        LongRopeError: saying what is expected.
+    """
+    what = f"--sequence-parallel {ranks}"
+    if ranks < 1:
+        raise LongRopeError(f"{what}: expected 1 or more")
+    if ranks == 1:
+        return
+    if ray_address is not None:
+        raise LongRopeError(f"{what} shares passes between devices of this machine, not by --ray")
+    if not devices or len(devices) % ranks:
+        raise LongRopeError(
+            f"{what} on {len(devices or ())} devices: expected {ranks} for each worker, as "
+            f"--device cuda:0 --device cuda:1"
+        )
+    gpus = [device for device in devices if device.startswith("cuda:")]
+    if set(devices) != {"cpu"} and not len(set(gpus)) == len(devices):
+        raise LongRopeError(
+            f"{what} on {', '.join(devices)}: expected a GPU of its own for each rank, as "
+            f"--device cuda:0 --device cuda:1, or cpu for all"
+        )
 
 
 def make_workers(
@@ -169,6 +151,7 @@ def make_workers(
     ray_address: str | None = None,
     num_workers: int | None = None,
     resources: Mapping[str, float] | None = None,
+    sequence_parallel: int = 1,
 ) -> Workers:
     """The workers that the arguments ask for.
 
@@ -177,12 +160,15 @@ def make_workers(
         devices: one worker for each, on this machine; None: one, on a GPU if there is one.
         ray_address: "local", "auto" or host:port: Ray workers instead; see RayWorkers.
         num_workers, resources: of Ray workers.
+        sequence_parallel: devices that share every pass, see ranks of ProcessWorkers; more than 1
+            need devices, and no Ray.
 
     Raises:
         LongRopeError: the arguments exclude each other, or devices is empty.
         UnsupportedError: torch, or Ray where it is asked for, is not installed.
         ToolError: Ray cannot be reached, or is too small.
     """
+    check_sharing(sequence_parallel, devices, ray_address)
     if ray_address is not None:
         if devices is not None:
             raise LongRopeError("use devices for this machine or ray_address, not both")
@@ -193,6 +179,6 @@ def make_workers(
         raise LongRopeError("num_workers and resources are for Ray: they need ray_address")
     if devices is None:
         devices = [default_device()]
-    if len(devices) == 1:
+    if len(devices) == 1 and sequence_parallel == 1:
         return LocalWorkers(partial(setup.load, devices[0]))
-    return ProcessWorkers(setup, devices)
+    return ProcessWorkers(setup, devices, sequence_parallel)

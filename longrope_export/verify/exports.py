@@ -7,6 +7,7 @@ from typing import Any
 
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import ConfigError
+from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.model import Model
 from longrope_export.runtimes.open import Export
 from longrope_export.verify.certificate import make_certificate
@@ -53,6 +54,7 @@ def verify_exports(
         LongRopeError: the source cannot be run, or the text is too short. What goes wrong with an
             export is in its result.
     """
+    refuse_quantized(model.path)
     cases = make_cases(config, length)
     tokens = make_tokens(model, text, max(case.num_tokens for case in cases), seed)
     reference = ReferenceRows(model.path, config, tokens, cases, say)

@@ -76,8 +76,8 @@ def reason_against_native(config: HfConfig) -> str | None:
         return f"architecture {config.architecture or config.get('model_type')!r} is not built in"
     if isinstance(values.get("text_config"), dict) or values.get("vision_config"):
         return "it is a multimodal model"
-    if values.get("quantization_config") or (config.folder / "hf_quant_config.json").is_file():
-        return "its weights are quantized (quantization_config)"
+    if config.quantization:
+        return f"its weights are quantized ({config.quantization})"
     if any(values.get(key) for key in _EXPERT_KEYS):
         return "it is a mixture of experts"
     if any(values.get(key) for key in _DRAFT_KEYS):

@@ -16,7 +16,12 @@ from longrope_converters.to_gguf.plan import SourceTensor
 from longrope_converters.to_onnx.weights import Float32, Rows
 from longrope_export.errors import ModelError, UnsupportedError
 from longrope_export.gguf_format import GgufHeader
-from longrope_export.models.hf_config import HfConfig, read_hf_config, read_json_object
+from longrope_export.models.hf_config import (
+    HfConfig,
+    read_hf_config,
+    read_json_object,
+    refuse_quantized,
+)
 from longrope_export.models.model import Model, ModelKind
 
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -133,6 +138,7 @@ def open_source(model: Model) -> Source:
         from longrope_converters.to_onnx.gguf_source import open_gguf
 
         return open_gguf(model)
+    refuse_quantized(model.path)
     generation = model.path / "generation_config.json"
     return Source(
         settings=read_hf_config(model.path),

@@ -21,7 +21,6 @@ DESCRIBE: dict[str, Callable[[HfConfig], Decoder]] = {
 # what marks models of these families that are something else inside
 _REFUSED_KEYS = {
     "vision_config": "multimodal",
-    "quantization_config": "quantized",
     "num_local_experts": "a mixture of experts",
     "num_experts": "a mixture of experts",
 }
