@@ -130,21 +130,31 @@ def tables(small: Path, length: int, workdir: Path) -> None:
     small_run(small, options, folder)
     model = load_model(small)
     searched = read_factors(folder / "factors.json", model)
-    forms = {name: make_config(model, name, length) for name in ("pi", "dynamic-ntk", "yarn")}
+    forms = {
+        name: make_config(model, name, length) for name in ("pi", "ntk", "dynamic-ntk", "yarn")
+    }
     configs = {**forms, "searched": searched}
     with opened(small, options, folder) as run:
         test = run.indices("test")
         table = Table("perplexity, start tokens:", *map(str, SHOWN_START_TOKENS))
+        plain = {}
         for name, config in configs.items():
             tiers = [with_start(config.tiers[-1], n) for n in SHOWN_START_TOKENS]
             losses = losses_of(run.judging, [single_tier(config)(t) for t in tiers], test)
             table.add_row(name, *(f"{math.exp(row.mean()):.3f}" for row in losses))
             best = int(losses.mean(axis=1).argmin())
             worth = Difference.of(losses[best], losses[0])
+            plain[name] = losses[0]
             print(
                 f"{name}: best with {SHOWN_START_TOKENS[best]} start tokens, "
                 f"{worth.mean:+.5f} nats against none (standard error {worth.error:.5f})"
             )
+        best_form = min(forms, key=lambda name: plain[name].mean())
+        gain = Difference.of(plain["searched"], plain[best_form])
+        print(
+            f"searched against {best_form}, no start tokens: {math.expm1(gain.mean):+.1%} perplexity, "
+            f"{gain.mean:+.4f} nats (standard error {gain.error:.4f})"
+        )
     Console(width=110).print(table)
 
 

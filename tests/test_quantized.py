@@ -54,8 +54,7 @@ def invoke(place: Path, *command: str) -> Result:
 @pytest.mark.parametrize(
     "command",
     [
-        "gguf model --factors factors.json -o new",
-        "gguf model --dry-run -o new",
+        "gguf model --factors factors.json --verify -o new",
         "onnx model --factors factors.json -o new",
         "safetensors model --factors factors.json --verify -o new",
         "search model --target-length 128 --text book.txt -o new",
@@ -87,6 +86,7 @@ def test_commands_that_compute_with_the_weights_refuse_them_at_once(
     "command",
     [
         "inspect model",
+        "gguf model --dry-run -o NEW",
         "factors yarn model --target-length 128 -o NEW",
         "safetensors model --factors factors.json -o NEW",
         "safetensors model --factors factors.json --link -o NEW",

@@ -88,9 +88,12 @@ def command(
     """
     from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
     from longrope_export.errors import UnsupportedError
+    from longrope_export.models.hf_config import refuse_quantized
     from longrope_export.models.model import ModelKind, find_model, load_model
 
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    if verify:  # the export is compared with the source's own weights
+        refuse_quantized(source.path)
     config = given_factors(factors, tiers, source, switch)
     if in_place and output is not None:
         raise UnsupportedError("--in-place writes to MODEL itself: leave out -o")

@@ -23,7 +23,7 @@ from longrope_export.errors import UnsupportedError
 from longrope_export.gguf_format import GgufHeader, read_header
 from longrope_export.gguf_keys import LLAMA3_TENSOR, has_stock_fields
 from longrope_export.honours import Verdict, honours
-from longrope_export.models.hf_config import read_hf_config, refuse_quantized
+from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
 from longrope_export.outputs import check_output, replace_when_done
 
@@ -76,12 +76,10 @@ class GgufConverter:
         """Refuse what cannot be written, and options that would be ignored.
 
         Raises:
-            UnsupportedError: options that contradict each other or the source, or a folder with
-                quantized weights.
+            UnsupportedError: options that contradict each other or the source.
             ToolError: an outtype that needs llama-quantize, and it is not built.
         """
         options = self.options
-        refuse_quantized(model.path)
         if options.in_place and (model.kind is ModelKind.HF or options.outtype):
             raise UnsupportedError(
                 "--in-place edits a GGUF source and keeps its tensors as they are"
