@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from longrope_export.cli.common import (
 
 if TYPE_CHECKING:
     from longrope_export.models.model import Model
+    from longrope_export.models.offload import Offload
     from longrope_export.search.jobs import Document, Workers
     from longrope_export.search.options import Event, Outcome, SearchOptions
     from longrope_export.search.run_base import Texts
@@ -86,13 +88,17 @@ ALGORITHMS = ("longrope", "longrope2", "practical")
               show_default=True, help="Of the model.")  # fmt: skip
 @click.option("--device", "devices", multiple=True, metavar="DEVICE",
               help="A process for each, as cuda:0; repeat it [the GPU if there is one].")  # fmt: skip
+@click.option(
+    "--offload", type=click.Choice(["cpu", "disk"]),
+    help="Layers' weights in CPU memory (for a GPU) or on disk, brought when a layer runs [neither].",
+)  # fmt: skip
 @click.option("--ray", "ray_address", metavar="ADDRESS", help="Workers on a Ray cluster.")
 @click.option("--ray-workers", type=int, help="How many of them.")
 @json_option
 def command(
     model: str, revision: str | None, local_files_only: bool, output: Path, as_json: bool,
     resume: bool, texts: tuple[str, ...], devices: tuple[str, ...], ray_address: str | None,
-    ray_workers: int | None, warm_start: Path | None, **given: Any,
+    ray_workers: int | None, warm_start: Path | None, offload: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Find the factors that suit a model and its texts.
 
@@ -119,11 +125,12 @@ def command(
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     warm = None if warm_start is None else read_factors(warm_start, source)
     options = make_options(given, warm)
+    away = make_offload(offload, source, devices, output, is_ray=ray_address is not None)
     say(f"reading {', '.join(texts)}")
     encoded = encode_texts(source, read_texts(texts))
 
     def start(documents: Sequence[Document]) -> Workers:
-        setup = Setup(source.path, tuple(documents), source.window, options.dtype)
+        setup = Setup(source.path, tuple(documents), source.window, options.dtype, away)
         return make_workers(
             setup, list(devices) or None, ray_address=ray_address, num_workers=ray_workers
         )
@@ -136,6 +143,8 @@ def command(
             outcome = run.execute()
         finally:
             run.close()
+            if away is not None and away.folder is not None:
+                shutil.rmtree(away.folder, ignore_errors=True)  # also of workers that were killed
     write_plots(source, options, outcome, output)
     if as_json:
         print_json(outcome.result)
@@ -244,6 +253,29 @@ def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
         evolution=replace(EvolutionSettings.for_length(target), **sizes) if sizes else None,
         practical=PracticalSettings(given["family_evaluations"], given["gradient_steps"]),
     )
+
+
+def make_offload(
+    place: str | None, source: Model, devices: Sequence[str], output: Path, *, is_ray: bool
+) -> Offload | None:
+    """Where the layers' weights are.
+
+    Args:
+        output: the RUN folder, in which weights are that have to be rewritten.
+        is_ray: the devices are known to the workers only, which look themselves.
+
+    Raises:
+        LongRopeError: it does not fit the model or the devices.
+    """
+    if place is None:
+        return None
+    from longrope_export.models.offload import Offload
+    from longrope_export.models.torch_model import default_device
+
+    offload = Offload(place, output / "offload")
+    for device in [] if is_ray else devices or [default_device()]:
+        offload.check(source.path, device)
+    return offload
 
 
 def encode_texts(source: Model, works: Sequence[tuple[str, str]]) -> Texts:

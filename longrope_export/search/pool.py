@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from longrope_export.errors import LongRopeError, ToolError
+from longrope_export.models.offload import Offload
 from longrope_export.search.dispatch import MAX_RETRIES, HeldPrefixes, JobQueue
 from longrope_export.search.jobs import Document, Job, Score
 from longrope_export.search.scorer import Scorer
@@ -35,12 +36,14 @@ class Setup:
         documents: what jobs name by index.
         window: tokens that the model handles as it is.
         dtype: float32, bfloat16 or float16.
+        offload: where the layers' weights are while they are not used; None: on the device.
     """
 
     path: Path
     documents: tuple[Document, ...]
     window: int
     dtype: str = "float32"
+    offload: Offload | None = None
 
     def load(self, device: str, sharing: int = 1) -> Scores:
         """Load the model; for a process of its own, since settings of torch change.
@@ -61,7 +64,9 @@ class Setup:
             import torch
 
             torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
-        return Scorer(self.path, self.documents, self.window, self.dtype, device)
+        return Scorer(
+            self.path, self.documents, self.window, self.dtype, device, self.offload
+        )
 
 
 @dataclass(frozen=True)
