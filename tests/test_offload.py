@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_model
+import transformers
+from click.testing import CliRunner
+from tiny_models import SENTENCES, add_bpe_tokenizer, make_model
 
+from longrope_export.cli import main
 from longrope_export.config import SwitchPolicy
 from longrope_export.errors import ConfigError, UnsupportedError
+from longrope_export.hf_runtime import apply_longrope
 from longrope_export.ladder import make_config
 from longrope_export.models.model import load_model
 from longrope_export.models.offload import Offload, load_offloaded_model, offload_to_cpu
@@ -25,7 +32,17 @@ IDS = tuple(torch.randint(3, 300, (LENGTH,), generator=torch.Generator().manual_
 FAMILIES = ["llama", "gemma3", "qwen3_moe", "mixtral"]
 
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# large enough for a BLAS that looks at the alignment of weights
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 768}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """With two, gradients of a mixture differ from run to run, resident or not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_toy(folder: Path, family: str) -> Path:
@@ -66,6 +83,11 @@ def devices(scorer: Scorer) -> set[str]:
     return {parameter.device.type for parameter in layers.parameters()}
 
 
+def losses_in(log: str) -> list[object]:
+    """Of a search log, line by line."""
+    return [json.loads(line)["losses"] for line in log.splitlines()]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,6 +119,23 @@ def test_layers_apart_keep_their_own_embeddings(tmp_path: Path) -> None:
     assert len(losses) == 3
 
 
+def test_a_model_that_a_user_loads_with_a_device_map_takes_a_definition(tmp_path: Path) -> None:
+    """transformers' own hooks stand in front of each attention too."""
+    folder = make_toy(tmp_path / "m", "gemma3")
+    config = make_config(load_model(folder), "yarn", LENGTH, switch=SwitchPolicy.SEQUENCE)
+    device_map = {
+        "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+        "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
+    }  # fmt: skip
+    logits = []
+    for extra in ({}, {"device_map": device_map, "offload_folder": tmp_path / "away"}):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **extra).eval()
+        apply_longrope(model, config)
+        with torch.no_grad():
+            logits.append(model(torch.tensor([IDS])).logits)
+    assert torch.equal(*logits)
+
+
 def test_all_of_a_layer_is_read_once_for_a_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +143,7 @@ def test_all_of_a_layer_is_read_once_for_a_pass(
     folder = make_model(tmp_path / "m", max_position_embeddings=WINDOW)
     _, offloaded = scorers(folder, "disk", "float32")
     read: list[str] = []
-    weights = offloaded.model.get_decoder().layers[0]._hf_hook.weights_map.dataset
+    weights = offloaded.model.get_decoder().layers[0]._hf_hook.weights_map._stored
     get = type(weights).__getitem__
 
     def counting(self: object, key: str) -> object:
@@ -122,15 +161,15 @@ def test_rewritten_experts_go_with_their_model(tmp_path: Path) -> None:
     model = load_offloaded_model(folder, "float32", "cpu", Offload("disk", tmp_path / "away"))
     assert any(tmp_path.glob("away/*/*experts*"))
     del model
-    import gc
-
     gc.collect()
     assert not any(tmp_path.glob("away/*"))
 
 
 def test_what_would_save_nothing_is_refused(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "m", max_position_embeddings=WINDOW)
-    with pytest.raises(ConfigError, match="got device cpu: it would save nothing; use offload disk"):
+    with pytest.raises(
+        ConfigError, match="got device cpu: it would save nothing; use offload disk"
+    ):
         Scorer(folder, [], WINDOW, offload=Offload("cpu"))
     with pytest.raises(ConfigError, match="one of cpu, disk, got 'tape'"):
         Offload("tape")
@@ -147,3 +186,25 @@ def test_without_accelerate_the_pip_line_is_given(
     monkeypatch.setitem(sys.modules, "accelerate.hooks", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'longrope-export\[offload\]'"):
         load_offloaded_model(folder, "float32", "cpu", Offload("disk"))
+
+
+def test_the_command_finds_the_same_factors_and_leaves_no_weights(tmp_path: Path) -> None:
+    folder = make_toy(tmp_path / "m", "qwen3_moe")
+    add_bpe_tokenizer(folder)
+    (tmp_path / "books").mkdir()
+    for number in range(4):
+        text = " ".join(SENTENCES[number:] * 30)
+        (tmp_path / "books" / f"{number}.txt").write_text(text)
+    given = ["search", str(folder), "--target-length", "128", "--text", str(tmp_path / "books")]
+    given += ["--documents", "2,1,1", "--population", "4", "--iterations", "1"]
+    given += ["--needle-keys", "0", "--device", "cpu"]
+    for name, more in (("whole", []), ("away", ["--offload", "disk"])):
+        result = CliRunner().invoke(main, [*given, "-o", str(tmp_path / name), *more])
+        assert result.exit_code == 0, result.stderr
+    whole, away = ((tmp_path / name / "log.jsonl").read_text() for name in ("whole", "away"))
+    assert losses_in(away) == losses_in(whole)
+    assert not (tmp_path / "away" / "offload").exists()
+    result = CliRunner().invoke(main, [*given, "-o", str(tmp_path / "no"), "--offload", "cpu"])
+    assert result.exit_code == 2
+    assert "it would save nothing" in result.stderr
+    assert not (tmp_path / "no").exists()

@@ -10,6 +10,7 @@ import logging
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,36 @@ def offload_to_cpu(model: Any, device: str) -> None:
         _hook(hooks, layer, device, None)
 
 
+class LayerWeights(Mapping[str, Any]):
+    """Tensors of one layer by their names in it, read when they are asked for.
+
+    On the CPU an unchanged tensor is a view of the mapped checkpoint, as in a resident model. A
+    rewritten one is copied, because the resident model's lies in memory of its own, and a matrix
+    product may round otherwise at another alignment.
+
+    Args:
+        stored: accelerate's OffloadedWeightsLoader of the whole model.
+        prefix: of the layer's names in it.
+        rewritten: the folder of the weights that transformers wrote.
+    """
+
+    def __init__(self, stored: Any, prefix: str, rewritten: str) -> None:
+        self._stored, self._prefix, self._rewritten = stored, prefix, rewritten
+
+    def __getitem__(self, name: str) -> Any:
+        key = self._prefix + name
+        tensor = self._stored[key]
+        file = Path(self._stored.index[key]["safetensors_file"])
+        return tensor.clone() if file.is_relative_to(self._rewritten) else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        keys = (key for key in self._stored if key.startswith(self._prefix))
+        return (key.removeprefix(self._prefix) for key in keys)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def _on_disk(path: Path, dtype: str, device: str, folder: Path | None) -> Any:
     hooks = _accelerate_hooks()
     import torch
@@ -128,9 +159,9 @@ def _on_disk(path: Path, dtype: str, device: str, folder: Path | None) -> Any:
     for index, layer in enumerate(model.get_decoder().layers):
         # transformers has put a hook on each part of a layer: one for the whole takes their place
         found = [getattr(part, "_hf_hook", None) for part in layer.modules()]
-        weights = next(hook.weights_map.dataset for hook in found if hook and hook.offload)
+        stored = next(hook.weights_map.dataset for hook in found if hook and hook.offload)
         hooks.remove_hook_from_module(layer, recurse=True)
-        _hook(hooks, layer, device, hooks.PrefixedDataset(weights, f"{prefix}.{index}."))
+        _hook(hooks, layer, device, LayerWeights(stored, f"{prefix}.{index}.", rewritten))
     return model.eval()
 
 

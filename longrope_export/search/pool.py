@@ -64,9 +64,7 @@ class Setup:
             import torch
 
             torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
-        return Scorer(
-            self.path, self.documents, self.window, self.dtype, device, self.offload
-        )
+        return Scorer(self.path, self.documents, self.window, self.dtype, device, self.offload)
 
 
 @dataclass(frozen=True)
