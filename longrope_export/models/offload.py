@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.errors import ConfigError, ModelError, UnsupportedError
+from longrope_export.evaluate.memory_use import give_back_large_blocks
 from longrope_export.models.torch_model import load_torch_model
 
 PLACES = ("cpu", "disk")
@@ -77,6 +78,7 @@ def load_offloaded_model(path: Path, dtype: str, device: str, offload: Offload) 
         ModelError: transformers cannot load it.
     """
     offload.check(path, device)
+    give_back_large_blocks()  # else the heap keeps holes of the layers' sizes
     if offload.place == "cpu":
         model, _ = load_torch_model(path, dtype)
         offload_to_cpu(model, device)
