@@ -90,13 +90,18 @@ def make_checkpoint(folder: Path, model: Model, tokenizer_gguf: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoTokenizer
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model.config(), indent=2))
-    _write_weights(folder, model)
+    write_folder(folder, model)
     tokenizer = AutoTokenizer.from_pretrained(
         str(tokenizer_gguf.parent.resolve()), gguf_file=tokenizer_gguf.name
     )
     tokenizer.save_pretrained(folder)
+
+
+def write_folder(folder: Path, model: Model) -> None:
+    """Write config.json and safetensors shards with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config(), indent=2))
+    _write_weights(folder, model)
 
 
 def _write_weights(folder: Path, model: Model) -> None:

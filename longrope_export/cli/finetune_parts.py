@@ -163,7 +163,7 @@ def read_validation(
     source: Model, texts: tuple[str, ...], length: int, count: int, keys: int, seed: int
 ) -> Any:
     """Documents that are measured before and after."""
-    from longrope_export.cli.search import encode_texts
+    from longrope_export.cli.search_parts import encode_texts
     from longrope_export.finetune.validation import make_validation
     from longrope_export.texts import read_texts
 

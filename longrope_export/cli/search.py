@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,12 +19,18 @@ from longrope_export.cli.common import (
     print_json,
     say,
 )
+from longrope_export.cli.search_parts import (
+    encode_texts,
+    make_offload,
+    make_options,
+    refuse_ignored,
+    refuse_unshared,
+)
 
 if TYPE_CHECKING:
     from longrope_export.models.model import Model
     from longrope_export.search.jobs import Document, Workers
     from longrope_export.search.options import Event, Outcome, SearchOptions
-    from longrope_export.search.run_base import Texts
 
 ALGORITHMS = ("longrope", "longrope2", "practical")
 
@@ -88,13 +95,18 @@ ALGORITHMS = ("longrope", "longrope2", "practical")
               help="A process for each, as cuda:0; repeat it [the GPU if there is one].")  # fmt: skip
 @click.option("--sequence-parallel", type=click.IntRange(min=1), default=1, show_default=True,
               metavar="N", help="Devices that share every pass, for long targets.")  # fmt: skip
+@click.option(
+    "--offload", type=click.Choice(["cpu", "disk"]),
+    help="Layers' weights in CPU memory (for a GPU) or on disk, brought when a layer runs [neither].",
+)  # fmt: skip
 @click.option("--ray", "ray_address", metavar="ADDRESS", help="Workers on a Ray cluster.")
 @click.option("--ray-workers", type=int, help="How many of them.")
 @json_option
 def command(
     model: str, revision: str | None, local_files_only: bool, output: Path, as_json: bool,
     resume: bool, texts: tuple[str, ...], devices: tuple[str, ...], ray_address: str | None,
-    ray_workers: int | None, sequence_parallel: int, warm_start: Path | None, **given: Any,
+    ray_workers: int | None, sequence_parallel: int, warm_start: Path | None, offload: str | None,
+    **given: Any,
 ) -> None:  # fmt: skip
     """Find the factors that suit a model and its texts.
 
@@ -119,16 +131,17 @@ def command(
     from longrope_export.texts import read_texts
 
     refuse_ignored(given)
-    refuse_unshared(given, sequence_parallel, devices, ray_address)
+    refuse_unshared(given, sequence_parallel, devices, ray_address, offload)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     refuse_quantized(source.path)
     warm = None if warm_start is None else read_factors(warm_start, source)
     options = make_options(given, warm)
+    away = make_offload(offload, source, devices, output, is_ray=ray_address is not None)
     say(f"reading {', '.join(texts)}")
     encoded = encode_texts(source, read_texts(texts))
 
     def start(documents: Sequence[Document]) -> Workers:
-        setup = Setup(source.path, tuple(documents), source.window, options.dtype)
+        setup = Setup(source.path, tuple(documents), source.window, options.dtype, away)
         return make_workers(
             setup,
             list(devices) or None,
@@ -145,158 +158,13 @@ def command(
             outcome = run.execute()
         finally:
             run.close()
+            if away is not None and away.folder is not None:
+                shutil.rmtree(away.folder, ignore_errors=True)  # also of workers that were killed
     write_plots(source, options, outcome, output)
     if as_json:
         print_json(outcome.result)
     if not is_quiet():
         say_outcome(outcome, output)
-
-
-# what each kind of search would ignore, by parameter name
-_IGNORED = {
-    "--ladder": (
-        "algorithm", "attention", "no_start_tokens", "population", "iterations", "gradient_steps",
-        "warm_start",
-    ),
-    "--recover": (
-        "against", "attention", "no_start_tokens", "needle_keys", "family_evaluations", "warm_start",
-    ),
-    "--algorithm longrope": ("family_evaluations", "gradient_steps"),
-    "--algorithm longrope2": (
-        "no_start_tokens", "family_evaluations", "gradient_steps", "warm_start",
-    ),
-    "--algorithm practical": ("population", "iterations"),
-}  # fmt: skip
-_NEED = {"no_refine": "ladder", "tier_tokens": "ladder", "recover_cap": "recover"}
-
-
-def refuse_ignored(given: dict[str, Any]) -> None:
-    """Refuse options that the kind of search that was asked for would not look at.
-
-    Raises:
-        ConfigError: naming both.
-    """
-    from click.core import ParameterSource
-
-    from longrope_export.errors import ConfigError
-
-    context = click.get_current_context()
-
-    def is_set(name: str) -> bool:
-        return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-
-    kinds = [f"--{name}" for name in ("ladder", "recover") if given[name]]
-    if len(kinds) == 2:
-        raise ConfigError("--ladder and --recover are two searches: give one")
-    kind = kinds[0] if kinds else f"--algorithm {given['algorithm']}"
-    for name in _IGNORED[kind]:
-        if is_set(name):
-            option = {"attention": "attention-factor"}.get(name, name.replace("_", "-"))
-            raise ConfigError(f"{kind} does not use --{option}: it would be ignored")
-    for name, needed in _NEED.items():
-        if is_set(name) and not given[needed]:
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to --{needed}")
-
-
-def refuse_unshared(
-    given: dict[str, Any], ranks: int, devices: Sequence[str], ray_address: str | None
-) -> None:
-    """Refuse devices that cannot share passes, and searches whose passes cannot be shared.
-
-    Raises:
-        LongRopeError: saying what is expected, or what the search would need.
-    """
-    from longrope_export.errors import ConfigError
-    from longrope_export.search.workers import check_sharing
-
-    check_sharing(ranks, devices, ray_address)
-    if ranks == 1:
-        return
-    if given["ladder"]:
-        raise ConfigError(
-            f"--sequence-parallel {ranks} shares whole passes, and --ladder computes blocks behind "
-            f"cached prefixes: leave one of them out"
-        )
-    if given["switch"] != "sequence" and not given["recover"]:
-        raise ConfigError(
-            f"--sequence-parallel {ranks} computes a pass under one tier; under the rule causal, "
-            f"which would be measured, it has several: give --switch sequence"
-        )
-
-
-def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
-    """The options of the command as a SearchOptions.
-
-    Raises:
-        ConfigError: a list that is no list of numbers, or options that contradict each other.
-    """
-    from dataclasses import replace
-
-    from longrope_export.config import SwitchPolicy
-    from longrope_export.errors import ConfigError
-    from longrope_export.search.algorithms import Algorithm
-    from longrope_export.search.evaluator import Budget
-    from longrope_export.search.evolution import EvolutionSettings
-    from longrope_export.search.options import SearchOptions
-    from longrope_export.search.practical import PracticalSettings
-
-    def numbers(option: str, text: str, count: int | None = None) -> tuple[int, ...]:
-        try:
-            values = tuple(int(part) for part in text.split(","))
-        except ValueError as error:
-            raise ConfigError(f"--{option} {text}: expected whole numbers, as 4096,8192") from error
-        if count is not None and len(values) != count:
-            raise ConfigError(f"--{option} {text}: expected {count} numbers")
-        return values
-
-    algorithm, target = Algorithm(given["algorithm"]), given["target_length"]
-    attention = given["attention"]
-    if attention is None:
-        attention = "search" if algorithm is Algorithm.PRACTICAL else "longrope"
-    sizes = {name: given[name] for name in ("population", "iterations") if given[name] is not None}
-    search, validation, test = numbers("documents", given["documents"], 3)
-    tokens, minutes = given["budget_tokens"], given["budget_minutes"]
-    return SearchOptions(
-        target_length=target,
-        algorithm=algorithm,
-        ladder=given["ladder"],
-        closed_forms=tuple(given["against"].split(",")) if given["against"] else (),
-        warm_start=warm,
-        recover=numbers("recover", given["recover"]) if given["recover"] else (),
-        recover_cap=given["recover_cap"],
-        switch=None if given["switch"] is None else SwitchPolicy(given["switch"]),
-        documents=(search, validation, test),
-        attention=attention,
-        start_tokens=not given["no_start_tokens"],
-        tier_tokens=given["tier_tokens"],
-        refine=not given["no_refine"],
-        needle_keys=given["needle_keys"],
-        seed=given["seed"],
-        dtype=given["dtype"],
-        budget=Budget(
-            None if tokens is None else int(tokens), None if minutes is None else 60 * minutes
-        ),
-        evolution=replace(EvolutionSettings.for_length(target), **sizes) if sizes else None,
-        practical=PracticalSettings(given["family_evaluations"], given["gradient_steps"]),
-    )
-
-
-def encode_texts(source: Model, works: Sequence[tuple[str, str]]) -> Texts:
-    """Tokenize works once, by the model's own tokenizer."""
-    from longrope_export.models.torch_model import load_torch_tokenizer
-    from longrope_export.search.documents import tokenize
-    from longrope_export.search.run_base import Texts
-
-    tokenizer = load_torch_tokenizer(source.path)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
-
-    # what the tokenizer puts in front of a text, and not what it puts behind it
-    plain, whole = encode("a"), tokenizer("a").input_ids
-    start = tuple(whole[: whole.index(plain[0])]) if plain and plain[0] in whole else ()
-    return Texts(tokenize(works, encode), encode, start)
 
 
 @contextlib.contextmanager

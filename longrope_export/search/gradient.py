@@ -56,19 +56,26 @@ def differentiate(
 @contextlib.contextmanager
 def _replaced(decoder: Any, rotary: Any) -> Iterator[None]:
     """The decoder with another rotary embedding, and with layers that are computed again for the
-    backward pass instead of being kept."""
-    from torch.utils.checkpoint import checkpoint
+    backward pass instead of being kept.
+
+    To the end: a layer that stopped early would not give back its offloaded weights.
+    """
+    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
     original = decoder.rotary_emb
     decoder.rotary_emb = rotary
+    before = [vars(layer).get("forward") for layer in decoder.layers]  # accelerate sets one
     for layer in decoder.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
-        yield
+        with set_checkpoint_early_stop(False):
+            yield
     finally:
         decoder.rotary_emb = original
-        for layer in decoder.layers:
+        for layer, forward in zip(decoder.layers, before, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _rotary(logs: Tensor, speeds: Tensor, num_start_tokens: int) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from longrope_export.errors import LongRopeError, ToolError
+from longrope_export.models.offload import Offload
 from longrope_export.search.dispatch import MAX_RETRIES, HeldPrefixes, JobQueue
 from longrope_export.search.jobs import Document, Job, Score
 from longrope_export.search.scorer import Scorer
@@ -36,6 +37,7 @@ class Setup:
         documents: what jobs name by index.
         window: tokens that the model handles as it is.
         dtype: float32, bfloat16 or float16.
+        offload: where the layers' weights are while they are not used; None: on the device.
         shard: for one of several processes that share every pass.
     """
 
@@ -43,6 +45,7 @@ class Setup:
     documents: tuple[Document, ...]
     window: int
     dtype: str = "float32"
+    offload: Offload | None = None
     shard: Shard | None = field(default=None, kw_only=True)
 
     def load(self, device: str, sharing: int = 1) -> Scores:
@@ -68,7 +71,7 @@ class Setup:
         if self.shard is not None:
             self.shard.join(device)
             make = ShardedScorer
-        return make(self.path, self.documents, self.window, self.dtype, device)
+        return make(self.path, self.documents, self.window, self.dtype, device, self.offload)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError
 from longrope_export.hf_runtime import LongRopeRuntime, apply_longrope, remove_longrope
 from longrope_export.models.hf_config import refuse_quantized
+from longrope_export.models.offload import Offload, load_offloaded_model
 from longrope_export.models.token_losses import token_losses
 from longrope_export.models.torch_model import load_torch_model
 from longrope_export.search.jobs import Document, Job, Score, essence, spans_of
@@ -41,8 +42,10 @@ class Scorer:
         window: tokens that the model handles as it is.
         dtype: float32, bfloat16 or float16.
         device: as torch names it.
+        offload: where the layers' weights are while they are not used; None: on the device.
 
     Raises:
+        ConfigError, UnsupportedError: the offload does not fit; see Offload.check.
         UnsupportedError: torch or transformers is not installed, the family is not known, or the
             weights are quantized.
         ModelError: transformers cannot load the model.
@@ -55,10 +58,14 @@ class Scorer:
         window: int,
         dtype: str = "float32",
         device: str = "cpu",
+        offload: Offload | None = None,
     ) -> None:
         refuse_quantized(path)
-        model, _ = load_torch_model(path, dtype)
-        self._init(model.to(device), documents, window)
+        if offload is None:
+            model = load_torch_model(path, dtype)[0].to(device)
+        else:
+            model = load_offloaded_model(path, dtype, device, offload)
+        self._init(model, documents, window)
 
     @classmethod
     def of_model(cls, model: Any, documents: Sequence[Document], window: int) -> Scorer:

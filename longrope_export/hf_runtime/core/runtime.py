@@ -51,6 +51,13 @@ class Embeddings(tuple[Tensor, Tensor]):
 
     own: tuple[Tensor, Tensor]
 
+    def to(self, *args: Any, **kwargs: Any) -> Embeddings:
+        """All four on a device: accelerate's hooks call it, and would else lose `own`."""
+        moved = Embeddings(part.to(*args, **kwargs) for part in self)
+        cos, sin = self.own
+        moved.own = cos.to(*args, **kwargs), sin.to(*args, **kwargs)
+        return moved
+
 
 class TieredRotary(nn.Module):
     """Takes the place of the model's rotary embedding.

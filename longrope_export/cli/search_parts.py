@@ -1,0 +1,192 @@
+"""What `search` is made of on the command line: checks, options, texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from longrope_export.models.model import Model
+    from longrope_export.models.offload import Offload
+    from longrope_export.search.options import SearchOptions
+    from longrope_export.search.run_base import Texts
+
+# what each kind of search would ignore, by parameter name
+_IGNORED = {
+    "--ladder": (
+        "algorithm", "attention", "no_start_tokens", "population", "iterations", "gradient_steps",
+        "warm_start",
+    ),
+    "--recover": (
+        "against", "attention", "no_start_tokens", "needle_keys", "family_evaluations", "warm_start",
+    ),
+    "--algorithm longrope": ("family_evaluations", "gradient_steps"),
+    "--algorithm longrope2": (
+        "no_start_tokens", "family_evaluations", "gradient_steps", "warm_start",
+    ),
+    "--algorithm practical": ("population", "iterations"),
+}  # fmt: skip
+_NEED = {"no_refine": "ladder", "tier_tokens": "ladder", "recover_cap": "recover"}
+
+
+def refuse_ignored(given: dict[str, Any]) -> None:
+    """Refuse options that the kind of search that was asked for would not look at.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    from click.core import ParameterSource
+
+    from longrope_export.errors import ConfigError
+
+    context = click.get_current_context()
+
+    def is_set(name: str) -> bool:
+        return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+    kinds = [f"--{name}" for name in ("ladder", "recover") if given[name]]
+    if len(kinds) == 2:
+        raise ConfigError("--ladder and --recover are two searches: give one")
+    kind = kinds[0] if kinds else f"--algorithm {given['algorithm']}"
+    for name in _IGNORED[kind]:
+        if is_set(name):
+            option = {"attention": "attention-factor"}.get(name, name.replace("_", "-"))
+            raise ConfigError(f"{kind} does not use --{option}: it would be ignored")
+    for name, needed in _NEED.items():
+        if is_set(name) and not given[needed]:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --{needed}")
+
+
+def refuse_unshared(
+    given: dict[str, Any],
+    ranks: int,
+    devices: Sequence[str],
+    ray_address: str | None,
+    offload: str | None,
+) -> None:
+    """Refuse devices that cannot share passes, and searches whose passes cannot be shared.
+
+    Raises:
+        LongRopeError: saying what is expected, or what the search would need.
+    """
+    from longrope_export.errors import ConfigError
+    from longrope_export.search.workers import check_sharing
+
+    check_sharing(ranks, devices, ray_address)
+    if ranks == 1:
+        return
+    if offload is not None:
+        raise ConfigError(
+            f"--sequence-parallel {ranks} and --offload were never run together: give one of them"
+        )
+    if given["ladder"]:
+        raise ConfigError(
+            f"--sequence-parallel {ranks} shares whole passes, and --ladder computes blocks behind "
+            f"cached prefixes: leave one of them out"
+        )
+    if given["switch"] != "sequence" and not given["recover"]:
+        raise ConfigError(
+            f"--sequence-parallel {ranks} computes a pass under one tier; under the rule causal, "
+            f"which would be measured, it has several: give --switch sequence"
+        )
+
+
+def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
+    """The options of the command as a SearchOptions.
+
+    Raises:
+        ConfigError: a list that is no list of numbers, or options that contradict each other.
+    """
+    from dataclasses import replace
+
+    from longrope_export.config import SwitchPolicy
+    from longrope_export.errors import ConfigError
+    from longrope_export.search.algorithms import Algorithm
+    from longrope_export.search.evaluator import Budget
+    from longrope_export.search.evolution import EvolutionSettings
+    from longrope_export.search.options import SearchOptions
+    from longrope_export.search.practical import PracticalSettings
+
+    def numbers(option: str, text: str, count: int | None = None) -> tuple[int, ...]:
+        try:
+            values = tuple(int(part) for part in text.split(","))
+        except ValueError as error:
+            raise ConfigError(f"--{option} {text}: expected whole numbers, as 4096,8192") from error
+        if count is not None and len(values) != count:
+            raise ConfigError(f"--{option} {text}: expected {count} numbers")
+        return values
+
+    algorithm, target = Algorithm(given["algorithm"]), given["target_length"]
+    attention = given["attention"]
+    if attention is None:
+        attention = "search" if algorithm is Algorithm.PRACTICAL else "longrope"
+    sizes = {name: given[name] for name in ("population", "iterations") if given[name] is not None}
+    search, validation, test = numbers("documents", given["documents"], 3)
+    tokens, minutes = given["budget_tokens"], given["budget_minutes"]
+    return SearchOptions(
+        target_length=target,
+        algorithm=algorithm,
+        ladder=given["ladder"],
+        closed_forms=tuple(given["against"].split(",")) if given["against"] else (),
+        warm_start=warm,
+        recover=numbers("recover", given["recover"]) if given["recover"] else (),
+        recover_cap=given["recover_cap"],
+        switch=None if given["switch"] is None else SwitchPolicy(given["switch"]),
+        documents=(search, validation, test),
+        attention=attention,
+        start_tokens=not given["no_start_tokens"],
+        tier_tokens=given["tier_tokens"],
+        refine=not given["no_refine"],
+        needle_keys=given["needle_keys"],
+        seed=given["seed"],
+        dtype=given["dtype"],
+        budget=Budget(
+            None if tokens is None else int(tokens), None if minutes is None else 60 * minutes
+        ),
+        evolution=replace(EvolutionSettings.for_length(target), **sizes) if sizes else None,
+        practical=PracticalSettings(given["family_evaluations"], given["gradient_steps"]),
+    )
+
+
+def make_offload(
+    place: str | None, source: Model, devices: Sequence[str], output: Path, *, is_ray: bool
+) -> Offload | None:
+    """Where the layers' weights are.
+
+    Args:
+        output: the RUN folder, in which weights are that have to be rewritten.
+        is_ray: the devices are known to the workers only, which look themselves.
+
+    Raises:
+        LongRopeError: it does not fit the model or the devices.
+    """
+    if place is None:
+        return None
+    from longrope_export.models.offload import Offload
+    from longrope_export.models.torch_model import default_device
+
+    offload = Offload(place, output / "offload")
+    for device in [] if is_ray else devices or [default_device()]:
+        offload.check(source.path, device)
+    return offload
+
+
+def encode_texts(source: Model, works: Sequence[tuple[str, str]]) -> Texts:
+    """Tokenize works once, by the model's own tokenizer."""
+    from longrope_export.models.torch_model import load_torch_tokenizer
+    from longrope_export.search.documents import tokenize
+    from longrope_export.search.run_base import Texts
+
+    tokenizer = load_torch_tokenizer(source.path)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    # what the tokenizer puts in front of a text, and not what it puts behind it
+    plain, whole = encode("a"), tokenizer("a").input_ids
+    start = tuple(whole[: whole.index(plain[0])]) if plain and plain[0] in whole else ()
+    return Texts(tokenize(works, encode), encode, start)
