@@ -141,7 +141,7 @@ def command(
     encoded = encode_texts(source, read_texts(texts))
 
     def start(documents: Sequence[Document]) -> Workers:
-        setup = Setup(source.path, tuple(documents), source.window, options.dtype, away)
+        setup = Setup(source.path, tuple(documents), source.window, options.dtype, offload=away)
         return make_workers(
             setup,
             list(devices) or None,

@@ -45,7 +45,7 @@ class Setup:
     documents: tuple[Document, ...]
     window: int
     dtype: str = "float32"
-    offload: Offload | None = None
+    offload: Offload | None = field(default=None, kw_only=True)
     shard: Shard | None = field(default=None, kw_only=True)
 
     def load(self, device: str, sharing: int = 1) -> Scores:
