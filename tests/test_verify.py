@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from test_onnx import export, make_source, three_tiers
@@ -23,12 +24,18 @@ from longrope_export.errors import ConfigError, ModelError
 from longrope_export.factor_files import to_json
 from longrope_export.gguf_format import read_header
 from longrope_export.models.model import load_model
+from longrope_export.runtimes.hf import HfModel
+from longrope_export.runtimes.onnx import OnnxModel
+from longrope_export.runtimes.onnx_layers import with_layer_outputs
 from longrope_export.runtimes.open import parse_export
 from longrope_export.verify.certificate import content_hash, read_certificate
 from longrope_export.verify.compare import Limit, compare, float32_angle_error, limit_for
 from longrope_export.verify.exports import check_length
+from longrope_export.verify.layers import first_departure
 from longrope_export.verify.memory import longest_length
 from longrope_export.verify.plan import checked_borders, make_cases, rows_of
+from longrope_export.verify.reference import Reference
+from longrope_export.verify.report import table_rows
 
 Folder = Path
 
@@ -207,6 +214,44 @@ def test_a_miss_is_exit_code_1_and_named(made: Folder) -> None:
     (found,) = certificate["exports"]
     assert "tiers[1].attention_factor is 1.2, expected 1.212" in found["problems"][0]
     assert found["cases"][0]["first_miss"] == 64
+    assert found["cases"][0]["first_layer"] == 0
+    assert table_rows(found)[0][-1] == "misses from position 64, layer 0"
+
+
+def test_the_first_layer_beyond_the_limit_at_any_token() -> None:
+    expected = np.ones((3, 2, 4), np.float32)
+    outputs = expected.copy()
+    assert first_departure(outputs, expected, 1e-6) is None
+    outputs[1:, 0] += 1e-3
+    assert first_departure(outputs, expected, 1e-4) == 1
+    assert first_departure(outputs, expected, 1e-2) is None
+    outputs[0, 1, 0] = np.nan
+    assert first_departure(outputs, expected, 1e-2) == 0
+
+
+@pytest.mark.parametrize("ops", ["genai", "standard"])
+def test_layers_in_chunks_and_of_some_tokens(made: Folder, tmp_path: Path, ops: str) -> None:
+    config = three_tiers(made / "m", switch=SwitchPolicy.SEQUENCE)
+    ids = list(range(3, 103))
+    calls, wanted = [ids[:40], ids[40:]], range(10, 100)
+    expected = Reference(made / "m", config).layer_outputs(ids, 90)
+    assert expected.shape == (2, 90, 64)
+    onnx_model = OnnxModel(export(made / "m", config, tmp_path / "onnx", ops=ops), threads=1)
+    got = onnx_model.layer_outputs(calls, wanted, chunk_size=30)  # the first call runs twice
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    live = HfModel(made / "m", config=config)
+    got = live.layer_outputs(calls, wanted, declared_length=100, chunk_size=30)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_a_graph_of_others_tells_no_layers(made: Folder, tmp_path: Path) -> None:
+    model = onnx.load(made / "onnx" / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = name.replace("model.norm.weight", "weight")
+    onnx.save(model, tmp_path / "model.onnx")
+    assert with_layer_outputs(tmp_path / "model.onnx", 2) == (b"", [])
+    assert len(with_layer_outputs(made / "onnx" / "model.onnx", 2)[1]) == 2
 
 
 def test_wrong_use(made: Folder) -> None:

@@ -110,6 +110,7 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
         "same_top_token": float(difference.same_top.mean()),
         "mean_loss_change": float(losses.mean()) if len(losses) else None,
         "first_miss": result.first_miss,
+        "first_layer": result.first_layer,
         "seconds": round(result.seconds, 3),
         "rows": [
             [row.position, row.tier, float(f"{d:.4g}"), float(f"{kl:.4g}")]

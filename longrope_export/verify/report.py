@@ -26,12 +26,20 @@ def table_rows(export: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{case['max_kl']:.2g}",
             f"{case['mean_kl']:.2g}",
             f"{case['same_top_token']:.0%}",
-            "ok" if case["first_miss"] is None else f"misses from position {case['first_miss']}",
+            _verdict(case),
         )
         for case in export["cases"]
     ]
     empty = [""] * (len(COLUMNS) - 2)
     return rows + [(" ".join(text.split()), *empty, "wrong") for text in export["problems"]]
+
+
+def _verdict(case: Mapping[str, Any]) -> str:
+    if case["first_miss"] is None:
+        return "ok"
+    layer = case.get("first_layer")  # certificates of older versions have none
+    where = "" if layer is None else f", layer {layer}"
+    return f"misses from position {case['first_miss']}{where}"
 
 
 def title_of(export: Mapping[str, Any]) -> str:

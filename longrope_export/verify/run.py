@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,13 @@ from longrope_export.verify.compare import (
     limit_for,
     log_softmax,
 )
+from longrope_export.verify.layers import (
+    LAYER_LIMITS,
+    MOST_TOKENS,
+    Hidden,
+    first_departure,
+    layer_outputs_of,
+)
 from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
 from longrope_export.verify.reference import Reference
 
@@ -39,6 +46,8 @@ class CaseResult:
         rows: what was compared.
         difference: of those rows.
         first_miss: position of the first row beyond the limit; None where all are within.
+        first_layer: the first layer that departs at that position, from 0; None if nothing missed,
+            or the runtime does not tell.
         seconds: that the runtime took.
     """
 
@@ -47,6 +56,7 @@ class CaseResult:
     difference: Difference
     first_miss: int | None
     seconds: float
+    first_layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,20 +124,51 @@ class ReferenceRows:
         say: Say = lambda what, share: None,
     ) -> None:
         wanted = {row for case in cases for row in rows_of(case, config)}
-        causal = config.switch is SwitchPolicy.CAUSAL
+        self._path, self._config, self._tokens, self._say = path, config, tokens, say
+        self._causal = causal = config.switch is SwitchPolicy.CAUSAL
         self._logits: dict[Row, npt.NDArray[np.float32]] = {}
-        reference = Reference(path, config, lambda share: say("reference", share))
+        self._layers: dict[Row, Hidden] = {}
+        self._again: Reference | None = None
+        reference = self._load()
         # one pass serves all rows of a sequence that is long enough; under `sequence`, of a tier
         passes: dict[tuple[int, int | None], list[Row]] = {}
         for row in sorted(wanted, key=lambda row: row.position):
             passes.setdefault((row.origin, None if causal else row.tier), []).append(row)
         for (origin, tier), rows in passes.items():
             keep = [row.position - origin for row in rows]
-            length = None if tier is None else config.tiers[tier].max_length
             logits = reference.logits(
-                tokens[: keep[-1] + 1], keep=keep, length=length, first_position=origin
+                tokens[: keep[-1] + 1],
+                keep=keep,
+                length=self._length_of(tier),
+                first_position=origin,
             )
             self._logits.update(zip(rows, logits, strict=True))
+
+    def _load(self) -> Reference:
+        return Reference(self._path, self._config, lambda share: self._say("reference", share))
+
+    def _length_of(self, tier: int | None) -> int | None:
+        return None if tier is None else self._config.tiers[tier].max_length
+
+    def layer_outputs(self, row: Row) -> Hidden:
+        """(layers, n, width): what each layer hands to the next one, up to a row's token.
+
+        Loads the model again, which `forget_model` then drops.
+        """
+        if row not in self._layers:
+            self._again = self._again or self._load()
+            count = row.position - row.origin + 1
+            self._layers[row] = self._again.layer_outputs(
+                self._tokens[:count],
+                min(count, MOST_TOKENS),
+                length=self._length_of(None if self._causal else row.tier),
+                first_position=row.origin,
+            )
+        return self._layers[row]
+
+    def forget_model(self) -> None:
+        """Give back its memory; rows and outputs of layers stay."""
+        self._again = None
 
     def probes(
         self, cases: Sequence[Case], config: LongRopeConfig, tokens: Sequence[int]
@@ -212,12 +253,31 @@ def verify_export(
         for number, case in enumerate(cases):
             say(f"{runtime.info.name}: {case.name}", number / len(cases))
             result.cases.append(_run_case(runtime, case, config, tokens, reference, limit))
+        missed = [i for i, case_ in enumerate(result.cases) if case_.first_miss is not None]
+        for number, index in enumerate(missed):
+            say(f"{runtime.info.name}: the layer of a miss", number / len(missed))
+            result.cases[index] = _with_layer(runtime, result.cases[index], tokens, reference)
         say(runtime.info.name, 1.0)
     except Exception as error:  # whatever a runtime raises, the others go on
         result.problems.append(_describe(error))
     finally:
         runtime.close()
+        reference.forget_model()
     return result
+
+
+def _with_layer(
+    runtime: Runtime, result: CaseResult, tokens: Sequence[int], reference: ReferenceRows
+) -> CaseResult:
+    row = next(row for row in result.rows if row.position == result.first_miss)
+    outputs = layer_outputs_of(runtime, result.case, result.rows, row, tokens)
+    if outputs is None:
+        return result
+    limit = LAYER_LIMITS.get(runtime.info.precision, 0.2)
+    if runtime.info.float32_angles:
+        limit += float(float32_angle_error([row.position])[0])
+    departure = first_departure(outputs, reference.layer_outputs(row), limit)
+    return replace(result, first_layer=departure)
 
 
 def _check_room(info: RuntimeInfo, length: int) -> None:

@@ -114,6 +114,11 @@ def test_every_format_computes_the_definition_under_both_rules(
             assert max(case.difference.difference.max() for case in result.cases) < SAME
 
 
+def first_layers(result: ExportResult) -> set[int | None]:
+    """Of the cases that miss."""
+    return {case.first_layer for case in result.cases if case.first_miss is not None}
+
+
 def first_misses(result: ExportResult) -> dict[str, int | None]:
     return {case.case.name: case.first_miss for case in result.cases}
 
@@ -160,17 +165,23 @@ def log_scale_on_the_wrong_layer(config: LongRopeConfig) -> LongRopeConfig:
     return replace(config, logit_scaling=replace(config.logit_scaling, exempt_layers=(0,)))
 
 
-@pytest.mark.parametrize("runtime", ["llama.cpp", "onnxruntime", "transformers"])
+def log_scale_on_one_layer_too_many(config: LongRopeConfig) -> LongRopeConfig:
+    assert config.logit_scaling is not None and config.logit_scaling.exempt_layers == (1,)
+    return replace(config, logit_scaling=replace(config.logit_scaling, exempt_layers=()))
+
+
+@pytest.mark.parametrize("runtime", FORMATS)
 @pytest.mark.parametrize(
-    ("fault", "first"),  # the position where it has to show at the latest
+    ("fault", "first", "layer"),  # the position where it has to show at the latest
     [
-        (off_by_one_pair, 64),
-        (no_attention_factor, 64),
-        (squared_attention_factor, 64),
-        (late_border, 64),
-        (short_start_window, 64),
-        (long_factors_for_short_text, 1),
-        (log_scale_on_the_wrong_layer, 32),
+        (off_by_one_pair, 64, 0),
+        (no_attention_factor, 64, 0),
+        (squared_attention_factor, 64, 0),
+        (late_border, 64, 0),
+        (short_start_window, 64, 0),
+        (long_factors_for_short_text, 1, 0),
+        (log_scale_on_the_wrong_layer, 32, 0),
+        (log_scale_on_one_layer_too_many, 32, 1),
     ],
 )
 def test_a_wrong_definition_in_the_export(
@@ -180,6 +191,7 @@ def test_a_wrong_definition_in_the_export(
     runtime: str,
     fault: Callable[[LongRopeConfig], LongRopeConfig],
     first: int,
+    layer: int,
 ) -> None:
     right = llama.config("causal")
     wrong = export(llama, fault(right), runtime, root / f"{fault.__name__}-{runtime}")
@@ -187,6 +199,7 @@ def test_a_wrong_definition_in_the_export(
     assert result.problems  # what the file says of itself
     assert first_misses(result)["one prefill"] == first  # and what it computes
     assert not result.passed
+    assert first_layers(result) == {layer}
 
 
 def test_the_two_layouts_of_a_head_swapped(
@@ -207,6 +220,7 @@ def test_the_two_layouts_of_a_head_swapped(
     again.convert(load_model(root / "swapped"), config, root / "swapped-onnx", lambda _: None)
     result = verify(Export("onnxruntime", root / "swapped-onnx"), config, truth("causal"))
     assert first_misses(result)["one prefill"] == 1 and not result.problems
+    assert first_layers(result) == {0}
 
 
 def test_stale_keys_after_a_crossing(
@@ -222,6 +236,7 @@ def test_stale_keys_after_a_crossing(
     result = verify(exported, config, truth("causal"))
     assert first_misses(result)["one by one over borders"] == 64
     assert not result.problems and not result.passed
+    assert first_layers(result) == {0}
 
 
 def test_a_part_of_a_tensor_lost(
@@ -237,6 +252,7 @@ def test_a_part_of_a_tensor_lost(
         file.write(bytes(tensor.num_bytes // 2))
     result = verify(exported, config, truth("causal"))
     assert result.cases and first_misses(result)["one prefill"] == 0
+    assert first_layers(result) == {1}
     exported.path.write_bytes(exported.path.read_bytes()[:-4096])
     result = verify(exported, config, truth("causal"))
     assert not result.cases and "truncated" in result.problems[0]
@@ -274,6 +290,7 @@ def test_stock_runtimes_depart_where_they_are_said_to(
         runtime, _, path = name.partition("=")
         result = verify(Export(runtime, Path(path)), config, truth("causal"))
         assert result.cases and not result.passed, name
+        assert first_layers(result) == ({None} if runtime == "genai" else {0}), name
     pinned = replace(llama.config("sequence"), tiers=config.tiers[-1:])
     folder = export(llama, pinned, "onnxruntime", root / "pinned-onnx").path
     reference = ReferenceRows(llama.folder, pinned, TOKENS, make_cases(pinned, LENGTH))
