@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 from test_onnx import export, make_source, three_tiers
-from tiny_models import add_bpe_tokenizer
+from test_onnx_precision import emulated_reference
+from tiny_models import add_bpe_tokenizer, add_sentencepiece
 
 import longrope_export
 from longrope_converters.certificate import embed_certificate
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_export.cli import main
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
-from longrope_export.errors import ConfigError, ModelError
+from longrope_export.errors import ConfigError, ModelError, UnsupportedError
 from longrope_export.factor_files import to_json
 from longrope_export.gguf_format import read_header
 from longrope_export.models.model import load_model
@@ -33,6 +35,7 @@ from longrope_export.verify.compare import Limit, compare, float32_angle_error, 
 from longrope_export.verify.exports import check_length
 from longrope_export.verify.layers import first_departure
 from longrope_export.verify.memory import longest_length
+from longrope_export.verify.own_weights import use_weights_of
 from longrope_export.verify.plan import checked_borders, make_cases, rows_of
 from longrope_export.verify.reference import Reference
 from longrope_export.verify.report import table_rows
@@ -131,7 +134,7 @@ def test_the_reference_shares_no_formula() -> None:
     assert imports(package / "models" / "torch_model.py") == {"longrope_export.errors"}
     others = [*package.rglob("*.py"), *(package.parent / "converters").rglob("*.py")]
     users = {p.relative_to(package.parent) for p in others if "verify.reference" in p.read_text()}
-    assert users == {Path("longrope_export/verify/run.py")}
+    assert users == {Path("longrope_export/verify/rows.py")}
 
 
 def imports(path: Path) -> set[str]:
@@ -242,6 +245,65 @@ def test_layers_in_chunks_and_of_some_tokens(made: Folder, tmp_path: Path, ops: 
     live = HfModel(made / "m", config=config)
     got = live.layer_outputs(calls, wanted, declared_length=100, chunk_size=30)
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3", "gemma3"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnx_weights_are_unpacked_as_they_are_defined(
+    tmp_path: Path, family: str, bits: int
+) -> None:
+    """Stacked, fused and tied matrices; the definition is written out in test_onnx_precision."""
+    source = make_source(tmp_path / "m", family)
+    folder = export(source, None, tmp_path / "onnx", precision=f"int{bits}")
+    model = Reference(source, three_tiers(source)).model
+    assert use_weights_of(model, folder) == []
+    expected = emulated_reference(source, bits).model.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "phi3"])
+def test_gguf_weights_are_unpacked_in_their_places(tmp_path: Path, family: str) -> None:
+    source = make_source(tmp_path / "m", family)
+    add_bpe_tokenizer(source)
+    if family == "phi3":
+        add_sentencepiece(source)
+    before = Reference(source, three_tiers(source)).model.state_dict()
+    for outtype, far in (("q8_0", 0.008), ("q4_0", 0.1)):
+        path = tmp_path / f"{outtype}.gguf"
+        converter = GgufConverter(GgufOptions(outtype=outtype, pre="gpt-2"))
+        converter.convert(load_model(source), None, path, lambda _: None)
+        model = Reference(source, three_tiers(source)).model
+        assert use_weights_of(model, path) == []
+        for name, weight in model.state_dict().items():
+            distance = float((weight - before[name]).norm() / before[name].norm())
+            assert (distance == 0) == name.endswith("norm.weight"), name
+            assert distance < far, name
+
+
+def test_weights_that_have_no_place_are_refused(tmp_path: Path) -> None:
+    source, other = make_source(tmp_path / "m"), make_source(tmp_path / "other", "phi3")
+    folder = export(source, None, tmp_path / "onnx", precision="int8")
+    model = Reference(other, three_tiers(other)).model
+    with pytest.raises(UnsupportedError, match="place"):
+        use_weights_of(model, folder)
+
+
+def test_the_table_of_a_quantized_export(made: Folder, tmp_path: Path) -> None:
+    config = three_tiers(made / "m")
+    export(made / "m", config, tmp_path / "int4", precision="int4")
+    card = tmp_path / "card.md"
+    options = ("--factors", made / "f.json", "--length", 100, "--json", "--markdown", card)
+    result = run(made, "m", tmp_path / "int4", *options)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["exports"]
+    assert found["reference_weights"] == "the export's own, unpacked"
+    for case in found["cases"]:
+        assert case["max_kl"] < case["from_source"]["max_kl"] / 2
+    assert "| all, from the source's weights |" in card.read_text()
+    assert "reference ran on weights: the export's own, unpacked." in card.read_text()
+    result = run(made, "m", tmp_path / "int4", *options, "--limit", "unpacked=1e-9:1e-9")
+    assert result.exit_code == 1
 
 
 def test_a_graph_of_others_tells_no_layers(made: Folder, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import transformers
 from test_patched_llama_cpp import FAMILIES, Toy, make_toys
 from tiny_models import add_bpe_tokenizer, edit_json
 
+from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
 from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
 from longrope_export.config import LongRopeConfig, SwitchPolicy
@@ -23,8 +24,10 @@ from longrope_export.gguf_format import read_header
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.onnx import OnnxModel
 from longrope_export.runtimes.open import Export
+from longrope_export.verify.compare import LIMITS
 from longrope_export.verify.plan import make_cases
-from longrope_export.verify.run import ExportResult, ReferenceRows, verify_export
+from longrope_export.verify.rows import ReferenceRows
+from longrope_export.verify.run import ExportResult, verify_export
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("patched", "programs")]
 
@@ -221,6 +224,65 @@ def test_the_two_layouts_of_a_head_swapped(
     result = verify(Export("onnxruntime", root / "swapped-onnx"), config, truth("causal"))
     assert first_misses(result)["one prefill"] == 1 and not result.problems
     assert first_layers(result) == {0}
+
+
+@pytest.fixture(scope="module")
+def quantized(root: Path, llama: Toy) -> Callable[[str, LongRopeConfig, str], Export]:
+    def make(kind: str, config: LongRopeConfig, name: str) -> Export:
+        source, output = load_model(llama.folder), root / f"{name}-{kind}.gguf"
+        if kind.startswith("int"):
+            OnnxConverter(OnnxOptions(precision=kind)).convert(
+                source, config, output, lambda _: None
+            )
+            return Export("onnxruntime", output)
+        options = GgufOptions(outtype=kind, pre="gpt-2")
+        GgufConverter(options).convert(source, config, output, lambda _: None)
+        return Export("llama.cpp", output)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q8_0", "int4", "int8"])
+def test_a_wrong_definition_in_a_quantized_export(
+    llama: Toy,
+    truth: Callable[[str], ReferenceRows],
+    quantized: Callable[[str, LongRopeConfig, str], Export],
+    kind: str,
+) -> None:
+    right = llama.config("causal")
+    sound = verify(quantized(kind, right, "sound"), right, truth("causal"))
+    assert sound.passed, (sound.problems, first_misses(sound))
+    assert sound.weights == "the export's own, unpacked" and sound.own_limit == LIMITS["unpacked"]
+    for fault, latest in (
+        (off_by_one_pair, 66),
+        (no_attention_factor, 140),
+        (late_border, 64),
+        (long_factors_for_short_text, 20),
+        (log_scale_on_the_wrong_layer, 60),
+    ):
+        result = verify(quantized(kind, fault(right), fault.__name__), right, truth("causal"))
+        missed = first_misses(result)["one prefill"]
+        assert missed is not None and missed <= latest, fault.__name__
+        assert 0 in first_layers(result), fault.__name__
+
+
+def test_weights_of_a_quantized_export_that_are_not_the_sources(
+    llama: Toy,
+    truth: Callable[[str], ReferenceRows],
+    quantized: Callable[[str, LongRopeConfig, str], Export],
+) -> None:
+    config = llama.config("causal")
+    exported = quantized("q4_0", config, "lost-weights")
+    header = read_header(exported.path)
+    tensor = next(t for t in header.tensors if t.name == "blk.1.ffn_down.weight")
+    assert tensor.num_bytes is not None
+    with exported.path.open("r+b") as file:
+        file.seek(header.data_start_bytes + tensor.offset_bytes + tensor.num_bytes // 2)
+        file.write(bytes(tensor.num_bytes // 2))
+    result = verify(exported, config, truth("causal"))
+    assert [p.partition(":")[0] for p in result.problems] == ["blk.1.ffn_down.weight"]
+    assert "32 of 64 rows are no rounding of the source's, the first is 32" in result.problems[0]
+    assert not result.passed
 
 
 def test_stale_keys_after_a_crossing(
