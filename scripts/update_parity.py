@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from longrope_export.ladder import make_config
 from longrope_export.llama_cpp.binaries import require_binary
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.open import Export
+from longrope_export.verify.compare import LIMITS
 from longrope_export.verify.exports import verify_exports
 from longrope_export.verify.report import markdown, save_plot
 
@@ -55,9 +58,24 @@ the fastest pair is off by up to p / 2^24, and its differences grow in that meas
 allows float32 angles, and so do the limits for it.
 
 The stock runtimes at the end run the same files: where they depart from the definition is the
-problem that this project is about.
+problem that this project is about. The last one is what onnxruntime-genai's own builder makes of the
+folder, whose config.json names long and short factors: it writes plain RoPE and says nothing.
 
 """
+
+
+def build_with_genai(folder: Path, output: Path) -> Path:
+    """What onnxruntime-genai's own builder makes of a Hugging Face folder, in float32.
+
+    Raises:
+        SystemExit: the builder failed; holds what it said.
+    """
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    command += ["-i", str(folder), "-o", str(output), "-c", str(output.with_suffix(".cache"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return output
 
 
 def exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
@@ -82,6 +100,7 @@ def exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
     yield Export("llama.cpp-stock", root / "smollm2-f32.gguf")
     yield Export("genai", root / "smollm2-fp32-genai")
     yield Export("transformers-stock", remote)
+    yield Export("genai", build_with_genai(remote, root / "smollm2-builder-fp32"))
 
 
 def main() -> None:
@@ -112,6 +131,7 @@ def main() -> None:
             list(exports(folder, config)),
             arguments.length,
             text=text.read_text(encoding="utf-8"),
+            limits={"unknown": LIMITS["fp32"]},  # the builder's folder does not say what it holds
             build=True,
             say=say,
         )
