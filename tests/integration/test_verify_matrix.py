@@ -255,10 +255,10 @@ def test_a_wrong_definition_in_a_quantized_export(
     assert sound.weights == "the export's own, unpacked" and sound.own_limit == LIMITS["unpacked"]
     for fault, latest in (  # where it has grown beyond what 8 bits of the activations cost
         (off_by_one_pair, 70),
-        (no_attention_factor, 160),
+        (no_attention_factor, LENGTH),
         (late_border, 64),
         (long_factors_for_short_text, 30),
-        (log_scale_on_the_wrong_layer, 120),
+        (log_scale_on_the_wrong_layer, LENGTH),
     ):
         result = verify(quantized(kind, fault(right), fault.__name__), right, truth("causal"))
         missed = first_misses(result)["one prefill"]
