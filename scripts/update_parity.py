@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
 from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
-from longrope_export.config import LongRopeConfig
+from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.demo.material import fetch_smollm2, write_help_text
 from longrope_export.ladder import make_config
 from longrope_export.llama_cpp.binaries import require_binary
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.open import Export
+from longrope_export.verify.compare import LIMITS
 from longrope_export.verify.exports import verify_exports
 from longrope_export.verify.report import markdown, save_plot
 
@@ -60,6 +65,33 @@ problem that this project is about.
 """
 
 
+STOCK_HEAD = """## One tier, in the stock format
+
+The last tier alone, for texts of any length and without start tokens: the stock config.json says all of
+it, and transformers alone computes it. onnxruntime-genai's own builder writes plain RoPE for a llama whose
+config.json names longrope, and says nothing.
+"""
+
+
+def tables_of(certificate: dict[str, Any]) -> str:
+    """markdown(certificate) without its head."""
+    return "\n###" + markdown(certificate).partition("\n###")[2]
+
+
+def build_with_genai(folder: Path, output: Path) -> Path:
+    """What onnxruntime-genai's own builder makes of a Hugging Face folder, in float32.
+
+    Raises:
+        SystemExit: the builder failed; holds what it said.
+    """
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    command += ["-i", str(folder), "-o", str(output), "-c", str(output.with_suffix(".cache"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return output
+
+
 def exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
     """Each is written when it is asked for."""
     source = load_model(folder)
@@ -82,6 +114,21 @@ def exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
     yield Export("llama.cpp-stock", root / "smollm2-f32.gguf")
     yield Export("genai", root / "smollm2-fp32-genai")
     yield Export("transformers-stock", remote)
+
+
+def stock_config(config: LongRopeConfig) -> LongRopeConfig:
+    """The last tier alone, for any length, without start tokens: all of it has a place in config.json."""
+    last = replace(config.tiers[-1], num_start_tokens=0)
+    return replace(config, tiers=(last,), switch=SwitchPolicy.SEQUENCE)
+
+
+def stock_exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
+    """One folder in the stock format, and what onnxruntime-genai's own builder makes of it."""
+    stock = folder.parent / "smollm2-stock"
+    converter = SafetensorsConverter(SafetensorsOptions(link=True))
+    converter.convert(load_model(folder), config, stock, lambda _: None)
+    yield Export("transformers-stock", stock)
+    yield Export("genai", build_with_genai(stock, folder.parent / "smollm2-builder-fp32"))
 
 
 def main() -> None:
@@ -115,7 +162,17 @@ def main() -> None:
             build=True,
             say=say,
         )
-    (DOCS / "parity.md").write_text(HEAD + markdown(certificate), encoding="utf-8")
+        one_tier, _ = verify_exports(
+            load_model(folder),
+            stock_config(config),
+            list(stock_exports(folder, stock_config(config))),
+            arguments.length,
+            text=text.read_text(encoding="utf-8"),
+            limits={"unknown": LIMITS["fp32"]},  # the builder's folder does not say what it holds
+            say=say,
+        )
+    tables = f"{markdown(certificate)}\n{STOCK_HEAD}{tables_of(one_tier)}"
+    (DOCS / "parity.md").write_text(HEAD + tables, encoding="utf-8")
     shown = [e for e in certificate["exports"] if e["precision"] in PLOTTED]
     save_plot({**certificate, "exports": shown}, DOCS / "parity.png")
     if arguments.json:

@@ -31,7 +31,8 @@ from longrope_export.runtimes.open import Export, parse_export
 from longrope_export.verify.certificate import content_hash
 from longrope_export.verify.compare import Limit, compare, compare_log_probabilities
 from longrope_export.verify.plan import make_cases, of_prefixes, rows_of
-from longrope_export.verify.run import ExportResult, ReferenceRows, verify_export
+from longrope_export.verify.rows import ReferenceRows
+from longrope_export.verify.run import ExportResult, verify_export
 
 LENGTH, TARGET, VOCABULARY = 40, 64, 320
 TOKENS = np.random.default_rng(5).integers(3, 300, LENGTH).tolist()

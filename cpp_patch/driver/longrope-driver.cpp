@@ -12,14 +12,16 @@
 //   score TOKEN                            decode the batch; instead of logits, -ln p of the token that follows
 //                                          each one is written, TOKEN follows the last
 //   run                                    decode the batch without output
+//   layers                                 decode the batch; instead of logits, what each layer hands to the next one
+//                                          is written: LAYERS x TOKENS x WIDTH values
 //   rm SEQ P0 P1 | cp SRC DST P0 P1 | keep SEQ | shift SEQ P0 P1 DELTA | clear
 //   switch file|causal|sequence | length SEQ N | must SEQ N
 //   save FILE | load FILE | save_seq FILE SEQ | load_seq FILE SEQ
 //   tokenize HEX                           of UTF-8 text, as two hexadecimal digits for each byte
 //   detokenize TOKEN...                    without special tokens
 //
-// Prints "vocab TOKENS" at the start, "must 0|1", "tokens ID...", "text HEX", and after each batch, when all that it
-// writes is written, "time MICROSECONDS" on standard output.
+// Prints "vocab TOKENS" at the start, "must 0|1", "tokens ID...", "text HEX", "layers LAYERS WIDTH", and after
+// each batch, when all that it writes is written, "time MICROSECONDS" on standard output.
 
 #include "ggml-backend.h"
 #include "llama.h"
@@ -88,6 +90,27 @@ static std::string text_of_hex(const std::string & hex) {
     return text;
 }
 
+// Collects the outputs of all layers at every token of a batch. Inner batches come in order.
+struct layer_watch {
+    bool                              active = false;
+    std::map<int, std::vector<float>> outputs;
+
+    static bool callback(ggml_tensor * tensor, bool ask, void * data) {
+        auto & watch = *(layer_watch *) data;
+        int    layer;
+        if (!watch.active || sscanf(tensor->name, "l_out-%d", &layer) != 1) {
+            return !ask;  // not wanted; or computed, go on
+        }
+        if (!ask) {
+            auto &       output = watch.outputs[layer];
+            const size_t before = output.size();
+            output.resize(before + ggml_nelements(tensor));
+            ggml_backend_tensor_get(tensor, output.data() + before, 0, ggml_nbytes(tensor));
+        }
+        return true;
+    }
+};
+
 struct token {
     llama_token               id;
     llama_pos                 pos;
@@ -119,6 +142,7 @@ int main(int argc, char ** argv) {
 
     std::ofstream      logits(argv[2], std::ios::binary);
     llama_context *    ctx = nullptr;
+    layer_watch        watch;
     std::vector<token> batch;
 
     std::string line;
@@ -134,6 +158,8 @@ int main(int argc, char ** argv) {
             params.n_seq_max                          = 1;
             params.type_k = params.type_v = GGML_TYPE_F32;
             params.flash_attn_type        = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+            params.cb_eval                = layer_watch::callback;
+            params.cb_eval_user_data      = &watch;
             std::string option;
             while (in >> option) {
                 const auto        equals = option.find('=');
@@ -221,11 +247,14 @@ int main(int argc, char ** argv) {
             for (llama_token id; in >> id;) {
                 batch.push_back({ id, pos++, list });
             }
-        } else if (command == "decode" || command == "score" || command == "run") {
+        } else if (command == "decode" || command == "score" || command == "run" || command == "layers") {
             int argument = command == "decode" ? batch.size() : 0;
             in >> argument;
-            const int   first_kept = command == "run" ? batch.size() : command == "score" ? 0 : batch.size() - argument;
-            llama_batch raw        = llama_batch_init(batch.size(), 0, 16);
+            // without logits, the last layer leaves a token out
+            const int first_kept = command == "run" ? batch.size() : command == "decode" ? batch.size() - argument : 0;
+            watch                = layer_watch();
+            watch.active         = command == "layers";
+            llama_batch raw      = llama_batch_init(batch.size(), 0, 16);
             for (const auto & t : batch) {
                 const int i     = raw.n_tokens++;
                 raw.token[i]    = t.id;
@@ -243,7 +272,18 @@ int main(int argc, char ** argv) {
             if (status != 0) {
                 fail("llama_decode returned " + std::to_string(status));
             }
-            for (int i = first_kept; i < raw.n_tokens; ++i) {
+            if (command == "layers") {
+                const int n_layer = llama_model_n_layer(model), width = llama_model_n_embd(model);
+                for (int layer = 0; layer < n_layer; ++layer) {
+                    const auto & output = watch.outputs[layer];
+                    if (output.size() != (size_t) raw.n_tokens * width) {
+                        fail("the output of layer " + std::to_string(layer) + " was not seen");
+                    }
+                    logits.write((const char *) output.data(), output.size() * sizeof(float));
+                }
+                printf("layers %d %d\n", n_layer, width);
+            }
+            for (int i = command == "layers" ? raw.n_tokens : first_kept; i < raw.n_tokens; ++i) {
                 const float * row = llama_get_logits_ith(ctx, i);
                 if (command == "decode") {
                     logits.write((const char *) row, n_vocab * sizeof(float));

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from longrope_export.config import LongRopeConfig
 
 Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
+Hidden = npt.NDArray[np.float32]
 
 DEFAULT_CHUNK = 1024
 
@@ -120,3 +121,55 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Give back what the runtime holds."""
         ...
+
+
+@runtime_checkable
+class TellsLayers(Protocol):
+    """A Runtime that can show what happens inside of its model."""
+
+    def layer_outputs(
+        self,
+        calls: Sequence[Tokens],
+        wanted: range,
+        *,
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+        first_position: int = 0,
+    ) -> Hidden | None:
+        """What each layer hands to the next one, at some tokens of a new sequence.
+
+        Args:
+            calls: tokens of one `append` each.
+            wanted: indices in the sequence, from 0, of step 1.
+            declared_length, chunk_size, first_position: see Runtime.start.
+
+        Returns:
+            (layers, len(wanted), width) float32, in front of the last norm; None if this model does not tell.
+        """
+        ...
+
+
+class LayerOutputs:
+    """Collects what layers hand out, call by call; what is computed again replaces the older.
+
+    Args:
+        wanted: indices of tokens in the sequence, of step 1.
+    """
+
+    def __init__(self, wanted: range) -> None:
+        self.wanted = wanted
+        self._layers: dict[int, Hidden] = {}
+
+    def put(self, layer: int, begin: int, outputs: Hidden) -> None:
+        """outputs (n, width) of the tokens from index `begin` on."""
+        first = max(begin, self.wanted.start)
+        stop = min(begin + len(outputs), self.wanted.stop)
+        if first < stop:
+            shape = (len(self.wanted), outputs.shape[1])
+            kept = self._layers.setdefault(layer, np.full(shape, np.nan, np.float32))
+            start = self.wanted.start
+            kept[first - start : stop - start] = outputs[first - begin : stop - begin]
+
+    def stacked(self) -> Hidden:
+        """(layers, len(wanted), width); NaN where nothing came."""
+        return np.stack([self._layers[layer] for layer in sorted(self._layers)])

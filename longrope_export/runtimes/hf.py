@@ -15,7 +15,14 @@ from longrope_export.errors import ModelError
 from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.model import load_model
 from longrope_export.models.torch_model import load_torch_model, load_torch_tokenizer
-from longrope_export.runtimes.base import DEFAULT_CHUNK, Logits, RuntimeInfo, Tokens
+from longrope_export.runtimes.base import (
+    DEFAULT_CHUNK,
+    Hidden,
+    LayerOutputs,
+    Logits,
+    RuntimeInfo,
+    Tokens,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,6 +127,38 @@ class HfModel:
                 logits_to_keep=keep,
             ).logits
         return [as_logits(row) for row in logits]
+
+    def layer_outputs(
+        self,
+        calls: Sequence[Tokens],
+        wanted: range,
+        *,
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+        first_position: int = 0,
+    ) -> Hidden:
+        """See TellsLayers."""
+        sequence = self.start(
+            declared_length=declared_length, chunk_size=chunk_size, first_position=first_position
+        )
+        layers = self.model.get_decoder().layers
+        outputs = LayerOutputs(wanted)
+
+        def keep(number: int) -> Any:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                outputs.put(number, sequence.length, as_logits(hidden[0]))
+
+            return hook
+
+        handles = [layer.register_forward_hook(keep(n)) for n, layer in enumerate(layers)]
+        try:
+            for tokens in calls:
+                sequence.append(tokens, keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs.stacked()
 
     def tokenize(self, text: str) -> list[int] | None:
         """By transformers' tokenizer of the folder or the GGUF; None where there is none."""

@@ -21,7 +21,14 @@ from longrope_export.llama_cpp.driver import require_driver
 from longrope_export.llama_cpp.options import BuildOptions
 from longrope_export.llama_cpp.source import VERSION
 from longrope_export.models.model import load_model
-from longrope_export.runtimes.base import DEFAULT_CHUNK, Logits, RuntimeInfo, Tokens
+from longrope_export.runtimes.base import (
+    DEFAULT_CHUNK,
+    Hidden,
+    LayerOutputs,
+    Logits,
+    RuntimeInfo,
+    Tokens,
+)
 
 _STOCK = BuildOptions(patched=False)
 _PROGRAMS = ("llama-completion",)  # brings the shared libraries along
@@ -101,9 +108,11 @@ class LlamaCppModel:
         first_position: int = 0,
     ) -> LlamaCppSequence:
         """An empty sequence; the sequence before it is forgotten."""
+        return LlamaCppSequence(self, self._declare(declared_length), chunk_size, first_position)
+
+    def _declare(self, length: int | None) -> int | None:
         self.tell("clear")
-        declared = (declared_length or 0) if self._reprocesses else None
-        return LlamaCppSequence(self, declared, chunk_size, first_position)
+        return (length or 0) if self._reprocesses else None
 
     def batch(self, sequences: Sequence[Tokens], keep: int) -> list[Logits]:
         """At most four sequences, in one call of llama_decode."""
@@ -117,6 +126,23 @@ class LlamaCppModel:
         for number, tokens in enumerate(sequences):
             self.add(tokens[-keep:], len(tokens) - keep, number)
         return np.split(self.decode(keep * len(sequences)), len(sequences))
+
+    def layer_outputs(
+        self,
+        calls: Sequence[Tokens],
+        wanted: range,
+        *,
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+        first_position: int = 0,
+    ) -> Hidden:
+        """See TellsLayers."""
+        declared = self._declare(declared_length)
+        sequence = _WatchedSequence(self, declared, chunk_size, first_position)
+        sequence.outputs = LayerOutputs(wanted)
+        for tokens in calls:
+            sequence.append(tokens, keep=1)
+        return sequence.outputs.stacked()
 
     def tokenize(self, text: str) -> list[int]:
         """By the GGUF's own vocabulary, with the special tokens that it asks for."""
@@ -143,10 +169,20 @@ class LlamaCppModel:
         """(keep, vocabulary): the logits of the last tokens of what was added."""
         self.tell(f"decode {keep}")
         self.ask("time")
-        data = self._logits.read(4 * keep * self.vocabulary)
+        return self._read(keep, self.vocabulary)
+
+    def decode_layers(self, count: int) -> Hidden:
+        """(layers, count, width): the outputs of all layers at the `count` tokens that were added."""
+        self.tell("layers")
+        num_layers, width = map(int, self.ask("layers"))
+        self.ask("time")
+        return self._read(num_layers * count, width).reshape(num_layers, count, width)
+
+    def _read(self, rows: int, columns: int) -> Logits:
+        data = self._logits.read(4 * rows * columns)
         # what was read becomes a hole: the program writes on behind it, and the disk stays empty
         os.truncate(self._output, 0)
-        return np.frombuffer(data, np.float32).reshape(keep, self.vocabulary)
+        return np.frombuffer(data, np.float32).reshape(rows, columns)
 
     def tell(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -198,10 +234,13 @@ class LlamaCppSequence:
             count = min(self._chunk, len(added))
             rest = len(added) - count
             self.model.add(added[:count], self._first + self.length)
-            kept.append(self.model.decode(min(max(wanted - rest, 0), count)))
+            kept.append(self._decode(count, min(max(wanted - rest, 0), count)))
             self.tokens += added[:count]
             added = added[count:]
         return np.concatenate(kept)
+
+    def _decode(self, count: int, keep: int) -> Logits:
+        return self.model.decode(keep)
 
     def _moved_to_tier_of(self, total: int) -> list[int]:
         """Declare a length; the tokens that have to be computed again, taken out of the sequence."""
@@ -213,6 +252,19 @@ class LlamaCppSequence:
                 self.model.tell("clear")
         self.model.tell(f"length 0 {total}")
         return again
+
+
+class _WatchedSequence(LlamaCppSequence):
+    """Hands out no logits from the wanted tokens on, but the outputs of layers."""
+
+    outputs: LayerOutputs
+
+    def _decode(self, count: int, keep: int) -> Logits:
+        if self.length + count <= self.outputs.wanted.start:
+            return super()._decode(count, keep)
+        for layer, hidden in enumerate(self.model.decode_layers(count)):
+            self.outputs.put(layer, self.length, hidden)
+        return np.zeros((keep, self.model.vocabulary), np.float32)
 
 
 def weight_precision(header: GgufHeader) -> str:

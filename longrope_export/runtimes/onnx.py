@@ -18,10 +18,19 @@ import numpy.typing as npt
 from longrope_export.config import FactorTier, SwitchPolicy
 from longrope_export.errors import ConfigError, ModelError, ToolError
 from longrope_export.onnx_metadata import MODEL_FILE, parse_config
-from longrope_export.runtimes.base import DEFAULT_CHUNK, Logits, RuntimeInfo, Tokens
+from longrope_export.runtimes.base import (
+    DEFAULT_CHUNK,
+    Hidden,
+    LayerOutputs,
+    Logits,
+    RuntimeInfo,
+    Tokens,
+)
+from longrope_export.runtimes.onnx_layers import with_layer_outputs
 
 _SMALLEST_CAPACITY = 256
 _SEVERITY_ERROR = 3
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
@@ -131,6 +140,31 @@ class OnnxModel:
             for tokens in sequences
         ]
 
+    def layer_outputs(
+        self,
+        calls: Sequence[Tokens],
+        wanted: range,
+        *,
+        declared_length: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK,
+        first_position: int = 0,
+    ) -> Hidden | None:
+        """See TellsLayers; a second session, whose weights are read again."""
+        session, names = self._watching_session
+        if not names:
+            return None
+        sequence = _WatchedSequence(self, declared_length, chunk_size, first_position)
+        sequence.session, sequence.names = session, names
+        sequence.outputs = LayerOutputs(wanted)
+        for tokens in calls:
+            sequence.append(tokens, keep=1)
+        return sequence.outputs.stacked()
+
+    @cached_property
+    def _watching_session(self) -> tuple[Any, list[str]]:
+        model, names = with_layer_outputs(self.folder / MODEL_FILE, len(self.caches) // 2)
+        return (self._open(model, self.folder) if names else None), names
+
     def tokenize(self, text: str) -> list[int] | None:
         """By tokenizer.json in the folder; None if there is none."""
         return None if self.tokenizer is None else list(self.tokenizer.encode(text).ids)
@@ -161,6 +195,7 @@ class OnnxModel:
     def close(self) -> None:
         """Forget the weights."""
         del self.session
+        self.__dict__.pop("_watching_session", None)
         self._rerotation = None
 
     def generate(
@@ -330,11 +365,19 @@ class OnnxSequence:
         self._capacity = capacity
 
     def _run(self, tokens: list[int], keep: int) -> Logits:
+        outputs = self._outputs(self.model.session, tokens, keep)
+        logits: Logits = outputs[0].numpy()[0].astype(np.float32)
+        return logits
+
+    def _outputs(
+        self, session: Any, tokens: list[int], keep: int, more: Sequence[str] = ()
+    ) -> list[Any]:
+        """OrtValues: the logits, the caches, and the outputs named by `more`."""
         from onnxruntime import OrtValue
 
         assert self.tier is not None
         start, total = self.length, self.length + len(tokens)
-        binding = self.model.session.io_binding()
+        binding = session.io_binding()
         for name, array in (
             ("input_ids", np.asarray([tokens], np.int64)),
             ("attention_mask", np.ones((1, total), np.int64)),
@@ -351,10 +394,27 @@ class OnnxSequence:
                 binding.bind_ortvalue_output(_present(name), cache)
             else:
                 binding.bind_output(_present(name))
-        self.model.session.run_with_iobinding(binding)
-        outputs = binding.get_outputs()
+        for name in more:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        outputs: list[Any] = binding.get_outputs()
         if not self._shares_buffers:
-            self._caches = dict(zip(self._caches, outputs[1:], strict=True))
+            caches = outputs[1 : 1 + len(self._caches)]
+            self._caches = dict(zip(self._caches, caches, strict=True))
+        return outputs
+
+
+class _WatchedSequence(OnnxSequence):
+    """Runs a session with more outputs: those of layers."""
+
+    session: Any
+    names: list[str]
+    outputs: LayerOutputs
+
+    def _run(self, tokens: list[int], keep: int) -> Logits:
+        outputs = self._outputs(self.session, tokens, keep, self.names)
+        for layer, value in enumerate(outputs[-len(self.names) :]):
+            self.outputs.put(layer, self.length, value.numpy()[0].astype(np.float32))
         logits: Logits = outputs[0].numpy()[0].astype(np.float32)
         return logits
 
@@ -365,21 +425,25 @@ def _runtime_version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _session_opener(providers: Sequence[str], threads: int | None) -> Callable[[Path], Any]:
+def _session_opener(providers: Sequence[str], threads: int | None) -> Callable[..., Any]:
     try:
         import onnxruntime
     except ImportError as error:
         raise ToolError("running ONNX needs: pip install 'longrope-export[onnx]'") from error
 
-    def open_session(path: Path) -> Any:
-        if not path.is_file():
+    def open_session(model: Path | bytes, data_folder: Path | None = None) -> Any:
+        """Of a file, or of a serialized model whose weights lie in data_folder."""
+        path = model if isinstance(model, Path) else data_folder
+        if isinstance(model, Path) and not model.is_file():
             raise ModelError(f"{path}: no such file; make it with `longrope-export onnx`")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SEVERITY_ERROR  # optional inputs draw a warning each
         if threads is not None:
             options.intra_op_num_threads = threads
+        if data_folder is not None:
+            options.add_session_config_entry(_DATA_FOLDER, str(data_folder))
         try:
-            return onnxruntime.InferenceSession(path, options, providers=list(providers))
+            return onnxruntime.InferenceSession(model, options, providers=list(providers))
         except Exception as error:  # ONNX Runtime's own classes share no base but Exception
             raise ModelError(f"{path}: ONNX Runtime cannot load it: {error}") from error
 

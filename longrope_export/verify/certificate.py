@@ -24,7 +24,8 @@ from longrope_export.verify.compare import (
     float32_angle_error,
     log_softmax,
 )
-from longrope_export.verify.run import CaseResult, ExportResult, Probe
+from longrope_export.verify.rows import Probe
+from longrope_export.verify.run import CaseResult, ExportResult
 
 FORMAT = "longrope-certificate"
 VERSION = 1
@@ -83,6 +84,8 @@ def _export_json(result: ExportResult) -> dict[str, Any]:
         "passed": result.passed,
         "problems": result.problems,
         "limit": asdict(result.limit) if result.limit else None,
+        "own_limit": asdict(result.own_limit) if result.own_limit else None,
+        "reference_weights": result.weights,
         "cases": [_case_json(case) for case in result.cases],
     }
 
@@ -110,11 +113,25 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
         "same_top_token": float(difference.same_top.mean()),
         "mean_loss_change": float(losses.mean()) if len(losses) else None,
         "first_miss": result.first_miss,
+        "first_layer": result.first_layer,
         "seconds": round(result.seconds, 3),
+        "from_source": _from_source_json(result),
         "rows": [
             [row.position, row.tier, float(f"{d:.4g}"), float(f"{kl:.4g}")]
             for row, d, kl in zip(result.rows, difference.difference, difference.kl, strict=True)
         ],
+    }
+
+
+def _from_source_json(result: CaseResult) -> dict[str, float] | None:
+    found = result.from_source
+    if found is None:
+        return None
+    return {
+        "max_difference": float(found.difference.max()),
+        "max_kl": float(found.kl.max()),
+        "mean_kl": float(found.kl.mean()),
+        "same_top_token": float(found.same_top.mean()),
     }
 
 

@@ -38,6 +38,8 @@ LIMITS: dict[str, Limit] = {
     "q8_0": Limit(None, 0.1, 0.03),
     "int8": Limit(None, 0.1, 0.03),
     "4-bit": Limit(None, 5.0, 1.5),
+    # quantized, from a reference on the export's own weights: activations in blocks of 8 bits
+    "unpacked": Limit(None, 0.2, 0.02),
 }
 _SMALLEST = -80.0  # below it a probability in float32 loses its digits
 _ROUNDING = 1e-3  # of a sum of float32 probabilities; llama-server's, of 49152 tokens, was 1.0002
@@ -60,6 +62,11 @@ def limit_for(precision: str, given: dict[str, Limit] | None = None) -> Limit:
     raise ConfigError(
         f"no limits are known for {precision}: give them, as --limit {precision}=KL:MEAN_KL"
     )
+
+
+def is_quantized(precision: str) -> bool:
+    """Whether the weights are rounded to blocks of few bits, as llama.cpp and ONNX names say."""
+    return precision == "int8" or any(precision.startswith(prefix) for prefix in _BITS)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from longrope_export.verify.certificate import make_certificate
 from longrope_export.verify.compare import Limit
 from longrope_export.verify.memory import available_bytes, count_parameters, longest_length
 from longrope_export.verify.plan import make_cases
-from longrope_export.verify.run import ExportResult, ReferenceRows, Say, verify_export
+from longrope_export.verify.rows import ReferenceRows, Say
+from longrope_export.verify.run import ExportResult, verify_export
 from longrope_export.verify.tokens import make_tokens
 
 #: tokens from the start in a short run; what happens at the borders is seen by the cases there

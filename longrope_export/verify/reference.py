@@ -80,6 +80,35 @@ class Reference:
         logits: npt.NDArray[np.float32] = result.numpy()
         return logits
 
+    def layer_outputs(
+        self,
+        tokens: Sequence[int] | npt.NDArray[Any],
+        count: int,
+        *,
+        length: int | None = None,
+        first_position: int = 0,
+    ) -> npt.NDArray[np.float32]:
+        """(layers, count, width) float32: what each layer hands to the next one.
+
+        Args:
+            tokens, length, first_position: see logits.
+            count: of the last tokens, whose outputs are wanted.
+        """
+        outputs: list[Tensor] = []
+
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            outputs.append(hidden[0, -count:].float())
+
+        handles = [layer.register_forward_hook(keep) for layer in self.model.get_decoder().layers]
+        try:
+            last = [len(tokens) - 1]
+            self.logits(tokens, keep=last, length=length, first_position=first_position)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return np.stack([output.numpy() for output in outputs])
+
     def generate(self, tokens: Sequence[int] | npt.NDArray[Any], count: int) -> list[int]:
         """`count` greedy tokens, every step from nothing."""
         out = [int(token) for token in tokens]

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = ("case", "tokens", "max |d|", "max KL", "mean KL", "top-1", "result")
+SOURCE_WEIGHTS = "the source's"
 _FLOOR = 1e-12  # what a logarithmic axis shows for nothing
 
 
 def table_rows(export: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells as COLUMNS names them: a row for each case of an export, and for each problem."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             case["name"],
             str(case["length"]),
@@ -26,12 +27,32 @@ def table_rows(export: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{case['max_kl']:.2g}",
             f"{case['mean_kl']:.2g}",
             f"{case['same_top_token']:.0%}",
-            "ok" if case["first_miss"] is None else f"misses from position {case['first_miss']}",
+            _verdict(case),
         )
         for case in export["cases"]
     ]
+    rows += _from_source_rows(export)
     empty = [""] * (len(COLUMNS) - 2)
     return rows + [(" ".join(text.split()), *empty, "wrong") for text in export["problems"]]
+
+
+def _from_source_rows(export: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row, or none: the largest differences of a quantized export from its source."""
+    cases = [case["from_source"] for case in export["cases"] if case.get("from_source")]
+    if not cases:
+        return []
+    top = min(case["same_top_token"] for case in cases)
+    worst = [max(case[n] for case in cases) for n in ("max_difference", "max_kl", "mean_kl")]
+    numbers = (f"{value:.2g}" for value in worst)
+    return [("all, from the source's weights", "", *numbers, f"{top:.0%}", "")]
+
+
+def _verdict(case: Mapping[str, Any]) -> str:
+    if case["first_miss"] is None:
+        return "ok"
+    layer = case.get("first_layer")  # certificates of older versions have none
+    where = "" if layer is None else f", layer {layer}"
+    return f"misses from position {case['first_miss']}{where}"
 
 
 def title_of(export: Mapping[str, Any]) -> str:
@@ -50,8 +71,9 @@ def rich_tables(certificate: Mapping[str, Any]) -> Iterator[Table]:
         table = Table(title=title_of(export), title_style=f"bold {color}", title_justify="left")
         for name in COLUMNS:
             table.add_column(name, justify="left" if name in ("case", "result") else "right")
-        for row in table_rows(export)[: len(export["cases"])]:
-            table.add_row(*row, style=None if row[-1] == "ok" else "red")
+        rows = table_rows(export)
+        for row in rows[: len(rows) - len(export["problems"])]:
+            table.add_row(*row, style="red" if row[-1].startswith("misses") else None)
         table.caption, table.caption_justify = "\n".join(export["problems"]), "left"
         yield table
 
@@ -77,10 +99,16 @@ def markdown(certificate: Mapping[str, Any]) -> str:
             "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|",
             *map(_markdown_row, table_rows(export)),
             "",
-            f"{export['runtime_version']}; {_what_ran(export)}.",
+            f"{export['runtime_version']}; {_what_ran(export)}.{_weights(export)}",
         ]
     made = f"{certificate['tool']}, {certificate['created'][:10]}, {certificate['platform']}."
     return "\n".join([*lines, "", made]) + "\n"
+
+
+def _weights(export: Mapping[str, Any]) -> str:
+    """Which weights the reference ran on, unless it was just the source's."""
+    weights = export.get("reference_weights", SOURCE_WEIGHTS)
+    return "" if weights == SOURCE_WEIGHTS else f" The reference ran on weights: {weights}."
 
 
 def _what_ran(export: Mapping[str, Any]) -> str:

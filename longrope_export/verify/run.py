@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from longrope_export.config import LongRopeConfig, SwitchPolicy
-from longrope_export.errors import LongRopeError, ModelError
+from longrope_export.config import LongRopeConfig
+from longrope_export.errors import LongRopeError, ModelError, UnsupportedError
 from longrope_export.runtimes.base import Runtime, RuntimeInfo
 from longrope_export.runtimes.open import Export, open_runtime
 from longrope_export.verify.compare import (
@@ -20,15 +19,15 @@ from longrope_export.verify.compare import (
     compare,
     compare_log_probabilities,
     float32_angle_error,
+    is_quantized,
     limit_for,
-    log_softmax,
 )
+from longrope_export.verify.layers import first_departure, layer_limit, layer_outputs_of
 from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
-from longrope_export.verify.reference import Reference
+from longrope_export.verify.rows import ReferenceRows, Say
 
-_PROBE_ROWS, _PROBE_TOP = 8, 32
-
-Say = Callable[[str, float], None]  # (what is being done, share that is done, 0 to 1)
+# runtimes whose quantized exports can be unpacked for the reference
+UNPACKED = ("llama.cpp", "llama.cpp-stock", "onnxruntime", "genai")
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,12 @@ class CaseResult:
 
     Attributes:
         rows: what was compared.
-        difference: of those rows.
+        difference: of those rows, from the reference.
+        from_source: None, or for a quantized export whose reference ran on its own weights: the
+            difference from the reference on the source's, what quantization costs included.
         first_miss: position of the first row beyond the limit; None where all are within.
+        first_layer: the first layer that departs at that position, from 0; None if nothing missed,
+            or the runtime does not tell.
         seconds: that the runtime took.
     """
 
@@ -47,6 +50,8 @@ class CaseResult:
     difference: Difference
     first_miss: int | None
     seconds: float
+    first_layer: int | None = None
+    from_source: Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class ExportResult:
 
     Attributes:
         info: None if it could not be loaded.
+        limit: of the difference from the reference on the source's weights.
+        own_limit: of that from the reference on the export's own weights, unpacked; None where
+            there is no such comparison.
+        weights: of the reference that the cases' differences are from, in a few words.
         problems: what was wrong apart from the numbers: a config or a tokenizer that differs, an
             error of the runtime. Empty for a good export.
     """
@@ -64,6 +73,8 @@ class ExportResult:
     limit: Limit | None
     cases: list[CaseResult] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    own_limit: Limit | None = None
+    weights: str = "the source's"
 
     @property
     def passed(self) -> bool:
@@ -75,88 +86,12 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What the reference says at the end of a short text.
+class _Standard:
+    """What an export is held to, and how closely. The first of several is the one that is shown."""
 
-    Attributes:
-        tokens: the text.
-        origin: position of its first token.
-        declared_length: to be told to the runtime, see Case.
-        top_tokens: (rows, top) the likeliest tokens behind each of the last tokens.
-        log_probabilities: (rows, top) of those.
-    """
-
-    tokens: list[int]
-    origin: int
-    declared_length: int | None
-    top_tokens: list[list[int]]
-    log_probabilities: list[list[float]]
-
-
-class ReferenceRows:
-    """Reference logits of every row that any case asks for, computed once.
-
-    Args:
-        path: the source model.
-        tokens: (n,) ids of the text.
-        say: progress.
-
-    Raises:
-        LongRopeError: the model cannot be loaded.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        config: LongRopeConfig,
-        tokens: Sequence[int],
-        cases: Sequence[Case],
-        say: Say = lambda what, share: None,
-    ) -> None:
-        wanted = {row for case in cases for row in rows_of(case, config)}
-        causal = config.switch is SwitchPolicy.CAUSAL
-        self._logits: dict[Row, npt.NDArray[np.float32]] = {}
-        reference = Reference(path, config, lambda share: say("reference", share))
-        # one pass serves all rows of a sequence that is long enough; under `sequence`, of a tier
-        passes: dict[tuple[int, int | None], list[Row]] = {}
-        for row in sorted(wanted, key=lambda row: row.position):
-            passes.setdefault((row.origin, None if causal else row.tier), []).append(row)
-        for (origin, tier), rows in passes.items():
-            keep = [row.position - origin for row in rows]
-            length = None if tier is None else config.tiers[tier].max_length
-            logits = reference.logits(
-                tokens[: keep[-1] + 1], keep=keep, length=length, first_position=origin
-            )
-            self._logits.update(zip(rows, logits, strict=True))
-
-    def probes(
-        self, cases: Sequence[Case], config: LongRopeConfig, tokens: Sequence[int]
-    ) -> list[Probe]:
-        """Short texts for a rerun without the source model: the beginning, and the last tier."""
-        far = [case for case in cases if case.origin and len(case.appends) == 1]
-        return [self._probe(case, config, tokens) for case in (cases[0], *far[-1:])]
-
-    def _probe(self, case: Case, config: LongRopeConfig, tokens: Sequence[int]) -> Probe:
-        first = case.appends[0]  # the rows of one call lie side by side
-        rows = rows_of(case, config)[: first.keep][-_PROBE_ROWS:]
-        log_p = log_softmax(self.of(rows).astype(np.float64))
-        top = np.argsort(-log_p, axis=1)[:, :_PROBE_TOP]
-        return Probe(
-            tokens=list(tokens[: rows[-1].position - case.origin + 1]),
-            origin=case.origin,
-            declared_length=case.declared_length,
-            top_tokens=top.tolist(),
-            log_probabilities=np.take_along_axis(log_p, top, 1).round(6).tolist(),
-        )
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that a row of logits is about."""
-        return len(next(iter(self._logits.values())))
-
-    def of(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
-        """(len(rows), vocabulary)."""
-        return np.stack([self._logits[row] for row in rows])
+    reference: ReferenceRows
+    limit: Limit
+    layer_limit: float
 
 
 def verify_export(
@@ -194,6 +129,7 @@ def verify_export(
     except Exception as error:  # whatever a runtime raises, the others go on
         result.problems.append(_describe(error))
         return result
+    standards: list[_Standard] = []
     try:
         limit = limit_for(runtime.info.precision, limits)
         result = ExportResult(export, runtime.info, limit)
@@ -209,15 +145,46 @@ def verify_export(
             )
         if text is not None:
             result.problems.extend(_tokenizer_differences(list(tokens), runtime.tokenize(text)))
+        standards = [_Standard(reference, limit, layer_limit(runtime.info.precision))]
+        if export.runtime in UNPACKED and is_quantized(runtime.info.precision):
+            try:
+                own = reference.on_weights_of(Path(export.path), cases)
+            except UnsupportedError as error:
+                result = replace(result, weights=f"the source's ({error})")
+            else:
+                result.problems.extend(own.problems)
+                own_limit = limit_for("unpacked", limits)
+                standards.insert(0, _Standard(own, own_limit, layer_limit("unpacked")))
+                result = replace(result, own_limit=own_limit, weights="the export's own, unpacked")
         for number, case in enumerate(cases):
             say(f"{runtime.info.name}: {case.name}", number / len(cases))
-            result.cases.append(_run_case(runtime, case, config, tokens, reference, limit))
+            result.cases.append(_run_case(runtime, case, config, tokens, standards))
+        missed = [i for i, case_ in enumerate(result.cases) if case_.first_miss is not None]
+        for number, index in enumerate(missed):
+            say(f"{runtime.info.name}: the layer of a miss", number / len(missed))
+            result.cases[index] = _with_layer(runtime, result.cases[index], tokens, standards[0])
         say(runtime.info.name, 1.0)
     except Exception as error:  # whatever a runtime raises, the others go on
         result.problems.append(_describe(error))
     finally:
         runtime.close()
+        for standard in standards:
+            standard.reference.forget_model()
     return result
+
+
+def _with_layer(
+    runtime: Runtime, result: CaseResult, tokens: Sequence[int], standard: _Standard
+) -> CaseResult:
+    row = next(row for row in result.rows if row.position == result.first_miss)
+    outputs = layer_outputs_of(runtime, result.case, result.rows, row, tokens)
+    if outputs is None:
+        return result
+    limit = standard.layer_limit
+    if runtime.info.float32_angles:
+        limit += float(float32_angle_error([row.position])[0])
+    departure = first_departure(outputs, standard.reference.layer_outputs(row), limit)
+    return replace(result, first_layer=departure)
 
 
 def _check_room(info: RuntimeInfo, length: int) -> None:
@@ -233,8 +200,7 @@ def _run_case(
     case: Case,
     config: LongRopeConfig,
     tokens: Sequence[int],
-    reference: ReferenceRows,
-    limit: Limit,
+    standards: Sequence[_Standard],
 ) -> CaseResult:
     rows = rows_of(case, config)
     begun = time.perf_counter()
@@ -255,11 +221,19 @@ def _run_case(
     next_tokens = (row.position - row.origin + 1 for row in rows)
     following = [tokens[index] if index < len(tokens) else None for index in next_tokens]
     compare_rows = compare if runtime.info.log_probabilities is None else compare_log_probabilities
-    difference = compare_rows(np.concatenate(parts), reference.of(rows), following)
+    logits = np.concatenate(parts)
     angle_error = float32_angle_error([row.position for row in rows])
-    misses = difference.misses(limit, angle_error if runtime.info.float32_angles else 0.0)
-    first = min((row.position for row, bad in zip(rows, misses, strict=True) if bad), default=None)
-    return CaseResult(case, rows, difference, first, seconds)
+    if not runtime.info.float32_angles:
+        angle_error = np.zeros_like(angle_error)
+    differences = [compare_rows(logits, s.reference.of(rows), following) for s in standards]
+    misses = [
+        difference.misses(standard.limit, angle_error)
+        for difference, standard in zip(differences, standards, strict=True)
+    ]
+    beyond = np.flatnonzero(np.any(misses, axis=0))
+    first = min((rows[index].position for index in beyond), default=None)
+    from_source = differences[-1] if len(standards) > 1 else None
+    return CaseResult(case, rows, differences[0], first, seconds, from_source=from_source)
 
 
 def config_differences(expected: LongRopeConfig, got: LongRopeConfig) -> list[str]:

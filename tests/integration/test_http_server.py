@@ -22,7 +22,8 @@ from longrope_export.llama_cpp.binaries import require_binaries
 from longrope_export.runtimes.http import HttpModel
 from longrope_export.runtimes.open import parse_export
 from longrope_export.verify.plan import make_cases
-from longrope_export.verify.run import ExportResult, ReferenceRows, verify_export
+from longrope_export.verify.rows import ReferenceRows
+from longrope_export.verify.run import ExportResult, verify_export
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("programs")]
 

@@ -15,6 +15,7 @@ import transformers
 from test_patched_llama_cpp import FAMILIES, Toy, make_toys
 from tiny_models import add_bpe_tokenizer, edit_json
 
+from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
 from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
 from longrope_export.config import LongRopeConfig, SwitchPolicy
@@ -23,8 +24,10 @@ from longrope_export.gguf_format import read_header
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.onnx import OnnxModel
 from longrope_export.runtimes.open import Export
+from longrope_export.verify.compare import LIMITS
 from longrope_export.verify.plan import make_cases
-from longrope_export.verify.run import ExportResult, ReferenceRows, verify_export
+from longrope_export.verify.rows import ReferenceRows
+from longrope_export.verify.run import ExportResult, verify_export
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("patched", "programs")]
 
@@ -114,6 +117,11 @@ def test_every_format_computes_the_definition_under_both_rules(
             assert max(case.difference.difference.max() for case in result.cases) < SAME
 
 
+def first_layers(result: ExportResult) -> set[int | None]:
+    """Of the cases that miss."""
+    return {case.first_layer for case in result.cases if case.first_miss is not None}
+
+
 def first_misses(result: ExportResult) -> dict[str, int | None]:
     return {case.case.name: case.first_miss for case in result.cases}
 
@@ -160,17 +168,23 @@ def log_scale_on_the_wrong_layer(config: LongRopeConfig) -> LongRopeConfig:
     return replace(config, logit_scaling=replace(config.logit_scaling, exempt_layers=(0,)))
 
 
-@pytest.mark.parametrize("runtime", ["llama.cpp", "onnxruntime", "transformers"])
+def log_scale_on_one_layer_too_many(config: LongRopeConfig) -> LongRopeConfig:
+    assert config.logit_scaling is not None and config.logit_scaling.exempt_layers == (1,)
+    return replace(config, logit_scaling=replace(config.logit_scaling, exempt_layers=()))
+
+
+@pytest.mark.parametrize("runtime", FORMATS)
 @pytest.mark.parametrize(
-    ("fault", "first"),  # the position where it has to show at the latest
+    ("fault", "first", "layer"),  # the position where it has to show at the latest
     [
-        (off_by_one_pair, 64),
-        (no_attention_factor, 64),
-        (squared_attention_factor, 64),
-        (late_border, 64),
-        (short_start_window, 64),
-        (long_factors_for_short_text, 1),
-        (log_scale_on_the_wrong_layer, 32),
+        (off_by_one_pair, 64, 0),
+        (no_attention_factor, 64, 0),
+        (squared_attention_factor, 64, 0),
+        (late_border, 64, 0),
+        (short_start_window, 64, 0),
+        (long_factors_for_short_text, 1, 0),
+        (log_scale_on_the_wrong_layer, 32, 0),
+        (log_scale_on_one_layer_too_many, 32, 1),
     ],
 )
 def test_a_wrong_definition_in_the_export(
@@ -180,6 +194,7 @@ def test_a_wrong_definition_in_the_export(
     runtime: str,
     fault: Callable[[LongRopeConfig], LongRopeConfig],
     first: int,
+    layer: int,
 ) -> None:
     right = llama.config("causal")
     wrong = export(llama, fault(right), runtime, root / f"{fault.__name__}-{runtime}")
@@ -187,6 +202,7 @@ def test_a_wrong_definition_in_the_export(
     assert result.problems  # what the file says of itself
     assert first_misses(result)["one prefill"] == first  # and what it computes
     assert not result.passed
+    assert first_layers(result) == {layer}
 
 
 def test_the_two_layouts_of_a_head_swapped(
@@ -207,6 +223,66 @@ def test_the_two_layouts_of_a_head_swapped(
     again.convert(load_model(root / "swapped"), config, root / "swapped-onnx", lambda _: None)
     result = verify(Export("onnxruntime", root / "swapped-onnx"), config, truth("causal"))
     assert first_misses(result)["one prefill"] == 1 and not result.problems
+    assert first_layers(result) == {0}
+
+
+@pytest.fixture(scope="module")
+def quantized(root: Path, llama: Toy) -> Callable[[str, LongRopeConfig, str], Export]:
+    def make(kind: str, config: LongRopeConfig, name: str) -> Export:
+        source, output = load_model(llama.folder), root / f"{name}-{kind}.gguf"
+        if kind.startswith("int"):
+            OnnxConverter(OnnxOptions(precision=kind)).convert(
+                source, config, output, lambda _: None
+            )
+            return Export("onnxruntime", output)
+        options = GgufOptions(outtype=kind, pre="gpt-2")
+        GgufConverter(options).convert(source, config, output, lambda _: None)
+        return Export("llama.cpp", output)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "int4"])
+def test_a_wrong_definition_in_a_quantized_export(
+    llama: Toy,
+    truth: Callable[[str], ReferenceRows],
+    quantized: Callable[[str, LongRopeConfig, str], Export],
+    kind: str,
+) -> None:
+    right = llama.config("causal")
+    sound = verify(quantized(kind, right, "sound"), right, truth("causal"))
+    assert sound.passed, (sound.problems, first_misses(sound))
+    assert sound.weights == "the export's own, unpacked" and sound.own_limit == LIMITS["unpacked"]
+    for fault, latest in (  # where it has grown beyond what 8 bits of the activations cost
+        (off_by_one_pair, 70),
+        (no_attention_factor, LENGTH),
+        (late_border, 64),
+        (long_factors_for_short_text, 30),
+        (log_scale_on_the_wrong_layer, LENGTH),
+    ):
+        result = verify(quantized(kind, fault(right), fault.__name__), right, truth("causal"))
+        missed = first_misses(result)["one prefill"]
+        assert missed is not None and missed <= latest, fault.__name__
+        assert 0 in first_layers(result), fault.__name__
+
+
+def test_weights_of_a_quantized_export_that_are_not_the_sources(
+    llama: Toy,
+    truth: Callable[[str], ReferenceRows],
+    quantized: Callable[[str, LongRopeConfig, str], Export],
+) -> None:
+    config = llama.config("causal")
+    exported = quantized("q4_0", config, "lost-weights")
+    header = read_header(exported.path)
+    tensor = next(t for t in header.tensors if t.name == "blk.1.ffn_down.weight")
+    assert tensor.num_bytes is not None
+    with exported.path.open("r+b") as file:
+        file.seek(header.data_start_bytes + tensor.offset_bytes + tensor.num_bytes // 2)
+        file.write(bytes(tensor.num_bytes // 2))
+    result = verify(exported, config, truth("causal"))
+    assert [p.partition(":")[0] for p in result.problems] == ["blk.1.ffn_down.weight"]
+    assert "32 of 64 rows are no rounding of the source's, the first is 32" in result.problems[0]
+    assert not result.passed
 
 
 def test_stale_keys_after_a_crossing(
@@ -222,6 +298,7 @@ def test_stale_keys_after_a_crossing(
     result = verify(exported, config, truth("causal"))
     assert first_misses(result)["one by one over borders"] == 64
     assert not result.problems and not result.passed
+    assert first_layers(result) == {0}
 
 
 def test_a_part_of_a_tensor_lost(
@@ -237,6 +314,7 @@ def test_a_part_of_a_tensor_lost(
         file.write(bytes(tensor.num_bytes // 2))
     result = verify(exported, config, truth("causal"))
     assert result.cases and first_misses(result)["one prefill"] == 0
+    assert first_layers(result) == {1}
     exported.path.write_bytes(exported.path.read_bytes()[:-4096])
     result = verify(exported, config, truth("causal"))
     assert not result.cases and "truncated" in result.problems[0]
@@ -274,6 +352,7 @@ def test_stock_runtimes_depart_where_they_are_said_to(
         runtime, _, path = name.partition("=")
         result = verify(Export(runtime, Path(path)), config, truth("causal"))
         assert result.cases and not result.passed, name
+        assert first_layers(result) == ({None} if runtime == "genai" else {0}), name
     pinned = replace(llama.config("sequence"), tiers=config.tiers[-1:])
     folder = export(llama, pinned, "onnxruntime", root / "pinned-onnx").path
     reference = ReferenceRows(llama.folder, pinned, TOKENS, make_cases(pinned, LENGTH))
