@@ -12,9 +12,9 @@ from longrope_export.verify.plan import Case, Row
 
 Hidden = npt.NDArray[np.float32]
 
-# of |output - reference| / |reference|, both over the channels of each token
 #: tokens up to a miss at which layers are compared: their outputs are smaller than the weights
 MOST_TOKENS = 2048
+# of |output - reference| / |reference|, both over the channels of each token
 LAYER_LIMITS: dict[str, float] = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 5e-2, "unpacked": 0.12}
 _COARSE = 0.3  # quantized weights against the source's
 
