@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,10 +139,7 @@ def make_rows(
     """
     from longrope_export.finetune.retrieval import Retrieval
     from longrope_export.finetune.rows import Layout, RowSettings, TrainingRows
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
+    from longrope_export.models.torch_model import encode_plainly
 
     window = recipe.window or config.max_position_embeddings
     settings = RowSettings(
@@ -155,6 +153,7 @@ def make_rows(
     )
     retrieval = None
     if recipe.retrieval_share:
+        encode = partial(encode_plainly, tokenizer)
         retrieval = Retrieval(recipe.retrieval_share, recipe.retrieval_keys, encode)
     return TrainingRows(samples, settings, seed, retrieval)
 

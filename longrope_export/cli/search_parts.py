@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,16 +177,12 @@ def make_offload(
 
 def encode_texts(source: Model, works: Sequence[tuple[str, str]]) -> Texts:
     """Tokenize works once, by the model's own tokenizer."""
-    from longrope_export.models.torch_model import load_torch_tokenizer
+    from longrope_export.models.torch_model import encode_plainly, load_torch_tokenizer
     from longrope_export.search.documents import tokenize
     from longrope_export.search.run_base import Texts
 
     tokenizer = load_torch_tokenizer(source.path)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
-
+    encode = partial(encode_plainly, tokenizer)
     # what the tokenizer puts in front of a text, and not what it puts behind it
     plain, whole = encode("a"), tokenizer("a").input_ids
     start = tuple(whole[: whole.index(plain[0])]) if plain and plain[0] in whole else ()

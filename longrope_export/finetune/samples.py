@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from longrope_export.errors import ConfigError, ModelError
+from longrope_export.models.torch_model import encode_plainly
 from longrope_export.texts import Work
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -76,7 +77,7 @@ def hash_of(samples: Iterable[Sample]) -> str:
 
 
 def _text(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = encode_plainly(tokenizer, text)
     begin, end = (
         [] if token is None else [token]
         for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)

@@ -60,6 +60,12 @@ def load_torch_tokenizer(path: Path) -> Any:
         raise ModelError(f"{path}: transformers finds no tokenizer: {error}") from error
 
 
+def encode_plainly(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text by a tokenizer of transformers, without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
 def gguf_arguments(path: Path) -> tuple[Path, dict[str, str]]:
     """The folder and further arguments that transformers' from_pretrained wants for a path."""
     return (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
