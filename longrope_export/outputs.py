@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -57,7 +56,7 @@ def replace_when_done(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: when the disk is full or the folder refuses the file.
     """
-    temporary = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
     try:
         yield temporary
         _fsync_file(temporary)
@@ -134,7 +133,7 @@ def replace_folder_when_done(output: Path) -> Iterator[Path]:
         OutputError: when the disk is full or the parent folder refuses.
     """
     output = output.resolve()
-    temporary = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
     try:
         temporary.mkdir()
         yield temporary

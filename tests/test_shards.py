@@ -26,7 +26,9 @@ def shards(tmp_path: Path) -> tuple[Path, ...]:
     folder = tmp_path / "split"
     folder.mkdir()
     write_model(folder / "model.gguf", splits=3)
-    return tuple(shard.path for shard in read_shards(folder / "model-00001-of-00003.gguf"))
+    return tuple(
+        shard.path for shard in read_shards(read_header(folder / "model-00001-of-00003.gguf"))
+    )
 
 
 def test_shards_are_found_from_the_first(shards: tuple[Path, ...]) -> None:
@@ -34,7 +36,7 @@ def test_shards_are_found_from_the_first(shards: tuple[Path, ...]) -> None:
 
 
 def test_a_model_in_one_file_is_its_only_shard(model: Path) -> None:
-    assert read_shards(model) == (read_header(model),)
+    assert read_shards(read_header(model)) == (read_header(model),)
     assert shard_outputs(Path("out.gguf"), 1) == (Path("out.gguf"),)
 
 
@@ -42,7 +44,7 @@ def test_a_later_shard_is_refused_and_the_first_is_named(shards: tuple[Path, ...
     with pytest.raises(
         GgufError, match=r"is shard 2 of 3: give the first one, .*model-00001-of-00003"
     ):
-        read_shards(shards[1])
+        read_shards(read_header(shards[1]))
     with pytest.raises(GgufError, match="not the first shard"):
         bake_gguf(read_header(shards[1]), shards[1].with_name("out.gguf"), EDIT)
 
@@ -50,16 +52,16 @@ def test_a_later_shard_is_refused_and_the_first_is_named(shards: tuple[Path, ...
 def test_a_missing_or_foreign_shard_is_named(shards: tuple[Path, ...]) -> None:
     shards[2].write_bytes(shards[1].read_bytes())
     with pytest.raises(GgufError, match=r"model-00003-of-00003\.gguf: is not shard 3 of 3"):
-        read_shards(shards[0])
+        read_shards(read_header(shards[0]))
     shards[2].unlink()
     with pytest.raises(GgufError, match=r"model-00003-of-00003\.gguf: shard 3 of 3 is missing"):
-        read_shards(shards[0])
+        read_shards(read_header(shards[0]))
 
 
 def test_a_renamed_shard_is_refused(shards: tuple[Path, ...]) -> None:
     renamed = shards[0].rename(shards[0].with_name("renamed.gguf"))
     with pytest.raises(GgufError, match=r"its name must end in -00001-of-00003\.gguf"):
-        read_shards(renamed)
+        read_shards(read_header(renamed))
 
 
 @pytest.mark.parametrize("name", ["out.gguf", "out-00001-of-00003.gguf", "out"])
@@ -80,8 +82,8 @@ def test_a_split_model_gets_everything_in_its_first_shard(
         monkeypatch.setattr(os, "link", refuse)
     before = [sha256(shard) for shard in shards]
     outputs = shard_outputs(tmp_path / "out.gguf", 3)
-    bake_split(read_shards(shards[0]), outputs, EDIT)
-    assert tuple(shard.path for shard in read_shards(outputs[0])) == outputs
+    bake_split(read_shards(read_header(shards[0])), outputs, EDIT)
+    assert tuple(shard.path for shard in read_shards(read_header(outputs[0]))) == outputs
     first, source = read_header(outputs[0]), read_header(shards[0])
     check_consecutive(first)
     assert first.get("split.tensors.count") == source.get("split.tensors.count") + 2
@@ -94,7 +96,9 @@ def test_a_split_model_gets_everything_in_its_first_shard(
         assert output.read_bytes() == shard.read_bytes()
         assert output.samefile(shard) == links
     assert [sha256(shard) for shard in shards] == before
-    bake_split(read_shards(shards[0]), outputs, EDIT)  # again, over hard links of its own inputs
+    bake_split(
+        read_shards(read_header(shards[0])), outputs, EDIT
+    )  # again, over hard links of its own inputs
     assert names(tmp_path) == sorted(["split", *(output.name for output in outputs)])
 
 
@@ -107,7 +111,9 @@ def test_a_failed_split_leaves_nothing(
     monkeypatch.setattr("shutil.copyfile", fail)
     monkeypatch.setattr(os, "link", fail)
     with pytest.raises(OutputError, match="No space left"):
-        bake_split(read_shards(shards[0]), shard_outputs(tmp_path / "out.gguf", 3), EDIT)
+        bake_split(
+            read_shards(read_header(shards[0])), shard_outputs(tmp_path / "out.gguf", 3), EDIT
+        )
     assert names(tmp_path) == ["split"]
 
 
@@ -115,6 +121,6 @@ def test_split_keys_that_are_no_numbers_are_refused(model: Path, tmp_path: Path)
     bad = HeaderEdit((make_key_value("split.count", ValueType.STRING, "three"),))
     bake_gguf(read_header(model), tmp_path / "bad.gguf", bad)
     with pytest.raises(GgufError, match=r"split\.count 'three' make no sense"):
-        read_shards(tmp_path / "bad.gguf")
+        read_shards(read_header(tmp_path / "bad.gguf"))
     with pytest.raises(GgufError, match=r"split\.count 'three' make no sense"):
         bake_gguf(read_header(tmp_path / "bad.gguf"), tmp_path / "out.gguf", EDIT)

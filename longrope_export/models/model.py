@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class Model:
             themselves are not read.
         has_longrope: the settings name LongRoPE factors in stock's spelling, to be carried over.
         has_definition: it holds a whole config of ours, which `native` then is.
+        gguf_header: of a GGUF, for who reads on; parsing a vocabulary twice takes time.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Model:
     fingerprint: str
     has_longrope: bool = False
     has_definition: bool = False
+    gguf_header: GgufHeader | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_extended(self) -> bool:
@@ -191,4 +193,5 @@ def _from_gguf(header: GgufHeader) -> Model:
         fingerprint=digest.hexdigest(),
         has_longrope=native.provenance.get("method") == "model (longrope)",
         has_definition=has_our_keys(header),
+        gguf_header=header,
     )

@@ -295,7 +295,7 @@ def _route(model: Model) -> str:
 
 
 def _shards(model: Model) -> tuple[GgufHeader, ...]:
-    return read_shards(model.path) if model.kind is ModelKind.GGUF else ()
+    return () if model.gguf_header is None else read_shards(model.gguf_header)
 
 
 def _notes(model: Model, config: LongRopeConfig | None, header: GgufHeader) -> tuple[str, ...]:

@@ -17,14 +17,17 @@ from longrope_export.gguf_format import GgufHeader, read_header
 from longrope_export.outputs import replace_when_done
 
 
-def read_shards(path: Path) -> tuple[GgufHeader, ...]:
-    """The headers of all files of the model, the first shard's first; one for a model in one file.
+def read_shards(header: GgufHeader) -> tuple[GgufHeader, ...]:
+    """The headers of all files of a model, the first shard's first; one for a model in one file.
+
+    Args:
+        header: of the first shard.
 
     Raises:
-        GgufError: `path` is a later shard, is not named as llama.cpp expects, or one is missing
-            or belongs to another model.
+        GgufError: it is a later shard's, its file is not named as llama.cpp expects, or one is
+            missing or belongs to another model.
     """
-    header = read_header(path)
+    path = header.path
     number, count = split_position(header)
     if count == 1:
         return (header,)

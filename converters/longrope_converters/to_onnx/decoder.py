@@ -193,7 +193,7 @@ class _Blocks:
         if self.attention.standard:
             stream = self.graph.op("Add", stream, added)
             return stream, self._norm(stream, name)
-        normed, _, _, stream = self.graph.op(
+        normed, mean, inverse, stream = self.graph.op(
             "SkipSimplifiedLayerNormalization",
             added,
             stream,
@@ -202,6 +202,7 @@ class _Blocks:
             outputs=4,
             epsilon=self.decoder.norm_epsilon,
         )
+        mean.name = inverse.name = ""  # not wanted: a named one is allocated at every call
         return stream, normed
 
     def _norm_weight(self, name: str, size: int) -> ir.Value:

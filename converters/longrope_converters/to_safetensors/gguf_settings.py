@@ -68,7 +68,8 @@ def read_gguf_model(model: Model) -> GgufModel:
             a model of this architecture does not have.
         GgufError: missing keys or tensors, shapes that do not fit.
     """
-    headers = read_shards(model.path)
+    assert model.gguf_header is not None  # the caller's: model.kind is GGUF
+    headers = read_shards(model.gguf_header)
     header, family = headers[0], model.family.name
     found = {info.name: (file, info) for file in headers for info in file.tensors}
     if header.architecture != family or family not in (*NATIVE, *_GEMMAS) or family == "minicpm":
