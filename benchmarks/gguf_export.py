@@ -156,6 +156,13 @@ class Scratch:
         self.clean()
         shutil.copyfile(self.model, self.copy)
 
+    def evict(self) -> None:
+        """Out of the page cache with what is read: as after a boot."""
+        for path in filter(Path.exists, (self.model, self.copy)):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
 
 def prepare(scratch: Scratch, size: float, tokenizer_gguf: Path) -> None:
     """Make what the commands read, unless an earlier run with this size left it."""
@@ -201,15 +208,30 @@ def conversion_commands(scratch: Scratch, llama_cpp: Path | None) -> list[Comman
     return commands
 
 
-def bake_commands(scratch: Scratch) -> list[Command]:
-    """cp of a GGUF against writing factors into a copy of it, and into the file itself."""
+def bake_commands(scratch: Scratch, *, cached: bool = True) -> list[Command]:
+    """cp of a GGUF against writing factors into a copy of it, and into the file itself.
+
+    Args:
+        cached: the file is in the page cache, as cp and the download leave it there.
+    """
+
+    def clean() -> None:
+        scratch.clean()
+        if not cached:
+            scratch.evict()
+
+    def fresh_copy() -> None:
+        scratch.fresh_copy()
+        if not cached:
+            scratch.evict()
+
     bake = ours("gguf", scratch.model, "--factors", scratch.factors, "-o", scratch.output)
     in_place = ours("gguf", scratch.copy, "--factors", scratch.factors, "--in-place")
     return [
-        Command("cp", ("cp", str(scratch.model), str(scratch.copy)), scratch.clean),
-        Command("cp+sync", copy_and_sync(scratch.model, scratch.copy), scratch.clean),
-        Command("bake", bake, scratch.clean),
-        Command("in place", in_place, scratch.fresh_copy),
+        Command("cp", ("cp", str(scratch.model), str(scratch.copy)), clean),
+        Command("cp+sync", copy_and_sync(scratch.model, scratch.copy), clean),
+        Command("bake", bake, clean),
+        Command("in place", in_place, fresh_copy),
     ]
 
 
@@ -264,6 +286,9 @@ def main() -> None:
     groups = {
         "HF folder to GGUF": measure(conversion_commands(scratch, llama_cpp), options.repeat),
         "factors into a GGUF": measure(bake_commands(scratch), options.repeat),
+        "factors into a GGUF that is not in the page cache": measure(
+            bake_commands(scratch, cached=False), options.repeat
+        ),
     }
     scratch.clean()
     console = Console()

@@ -1,9 +1,11 @@
 """Write docs/parity.md and docs/parity.png: SmolLM2 in every format against the definition.
 
-    python scripts/update_parity.py [--length 600] [--work FOLDER]
+    python scripts/update_parity.py [--length 600] [--parts transformers,stock] [--work FOLDER]
 
 Fetches SmolLM2 and builds both llama.cpp where they are missing. Three tiers with borders at 8192 and
-16384 tokens, up to 32768; every border is looked at whatever the length is.
+16384 tokens, up to 32768; every border is looked at whatever the length is. Part after part, in any order and
+in as many runs as one likes: --work keeps the certificate of each, and the document holds all of them. At 16384
+tokens the three float32 parts take some 20 to 40 minutes of one core each.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,24 +29,19 @@ from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.demo.material import fetch_smollm2, write_help_text
 from longrope_export.ladder import make_config
 from longrope_export.llama_cpp.binaries import require_binary
+from longrope_export.llama_cpp.cache import cache_folder
 from longrope_export.models.model import load_model
+from longrope_export.outputs import write_text
 from longrope_export.runtimes.open import Export
 from longrope_export.verify.compare import LIMITS
-from longrope_export.verify.exports import verify_exports
+from longrope_export.verify.exports import SHORT_LENGTH, verify_exports
 from longrope_export.verify.report import markdown, save_plot
 
 DOCS = Path(__file__).parent.parent / "docs"
 CONSOLE = Console(stderr=True)
 LADDER = "8192,16384,32768"
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
-ONNX_KINDS = (
-    ("fp32", "genai"),
-    ("fp32", "standard"),
-    ("fp16", "genai"),
-    ("int8", "genai"),
-    ("int4", "genai"),
-)
-PLOTTED = ("fp32",)
+ROUNDED_GGUF = ("f16", "bf16", "q8_0", "q4_k_m")
+ROUNDED_ONNX = ("fp16", "int8", "int4")
 
 HEAD = """# Measured parity
 
@@ -59,6 +56,7 @@ llama.cpp multiplies positions and frequencies in float32, stock or patched: at 
 the fastest pair is off by up to p / 2^24, and its differences grow in that measure. The definition
 allows float32 angles, and so do the limits for it.
 
+The float32 exports ran whole sequences of {length} tokens, from the first one on; the others {short} tokens and all borders.
 The stock runtimes at the end run the same files: where they depart from the definition is the
 problem that this project is about.
 
@@ -92,28 +90,72 @@ def build_with_genai(folder: Path, output: Path) -> Path:
     return output
 
 
-def exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
-    """Each is written when it is asked for."""
-    source = load_model(folder)
-    root = folder.parent
-    remote = root / "smollm2-remote"
-    options_ = SafetensorsOptions(remote_code=True, link=True)
-    SafetensorsConverter(options_).convert(source, config, remote, lambda _: None)
+def to_folder(folder: Path, config: LongRopeConfig, path: Path, remote_code: bool = True) -> Path:
+    options = SafetensorsOptions(remote_code=remote_code, link=True)
+    SafetensorsConverter(options).convert(load_model(folder), config, path, lambda _: None)
+    return path
+
+
+def to_gguf(folder: Path, config: LongRopeConfig, root: Path, outtype: str) -> Path:
+    path = root / f"smollm2-{outtype}.gguf"
+    converter = GgufConverter(GgufOptions(outtype=outtype))
+    converter.convert(load_model(folder), config, path, lambda _: None)
+    return path
+
+
+def to_onnx(
+    folder: Path, config: LongRopeConfig, root: Path, precision: str, ops: str = "genai"
+) -> Path:
+    path = root / f"smollm2-{precision}-{ops}"
+    converter = OnnxConverter(OnnxOptions(precision=precision, ops=ops))
+    converter.convert(load_model(folder), config, path, lambda _: None)
+    return path
+
+
+Exports = Iterator[Export]  # each is written when it is asked for
+
+
+def transformers(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
+    remote = to_folder(folder, config, root / "smollm2-remote")
     yield Export("transformers", remote)
     yield Export("transformers-remote", remote)
-    for kind in GGUF_TYPES:
-        path = root / f"smollm2-{kind}.gguf"
-        converter = GgufConverter(GgufOptions(outtype=kind))
-        converter.convert(source, config, path, lambda _: None)
-        yield Export("llama.cpp", path)
-    for precision, ops in ONNX_KINDS:
-        path = root / f"smollm2-{precision}-{ops}"
-        options = OnnxOptions(precision=precision, ops=ops)
-        OnnxConverter(options).convert(source, config, path, lambda _: None)
-        yield Export("onnxruntime", path)
-    yield Export("llama.cpp-stock", root / "smollm2-f32.gguf")
-    yield Export("genai", root / "smollm2-fp32-genai")
-    yield Export("transformers-stock", remote)
+
+
+def llama_cpp(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
+    yield Export("llama.cpp", to_gguf(folder, config, root, "f32"))
+
+
+def onnxruntime(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
+    for ops in ("genai", "standard"):
+        yield Export("onnxruntime", to_onnx(folder, config, root, "fp32", ops))
+
+
+def rounded(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
+    for outtype in ROUNDED_GGUF:
+        yield Export("llama.cpp", to_gguf(folder, config, root, outtype))
+    for precision in ROUNDED_ONNX:
+        yield Export("onnxruntime", to_onnx(folder, config, root, precision))
+
+
+def stock(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
+    yield Export("llama.cpp-stock", to_gguf(folder, config, root, "f32"))
+    yield Export("genai", to_onnx(folder, config, root, "fp32"))
+    yield Export("transformers-stock", to_folder(folder, config, root / "smollm2-remote"))
+
+
+def one_tier(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
+    """One folder in the stock format, and what onnxruntime-genai's own builder makes of it."""
+    path = to_folder(folder, config, root / "smollm2-stock", remote_code=False)
+    yield Export("transformers-stock", path)
+    yield Export("genai", build_with_genai(path, root / "smollm2-builder-fp32"))
+
+
+FLOAT32: dict[str, Callable[[Path, LongRopeConfig, Path], Exports]] = {
+    "transformers": transformers,
+    "llama.cpp": llama_cpp,
+    "onnxruntime": onnxruntime,
+}
+PARTS = {**FLOAT32, "rounded": rounded, "stock": stock, "one-tier": one_tier}
 
 
 def stock_config(config: LongRopeConfig) -> LongRopeConfig:
@@ -122,61 +164,66 @@ def stock_config(config: LongRopeConfig) -> LongRopeConfig:
     return replace(config, tiers=(last,), switch=SwitchPolicy.SEQUENCE)
 
 
-def stock_exports(folder: Path, config: LongRopeConfig) -> Iterator[Export]:
-    """One folder in the stock format, and what onnxruntime-genai's own builder makes of it."""
-    stock = folder.parent / "smollm2-stock"
-    converter = SafetensorsConverter(SafetensorsOptions(link=True))
-    converter.convert(load_model(folder), config, stock, lambda _: None)
-    yield Export("transformers-stock", stock)
-    yield Export("genai", build_with_genai(stock, folder.parent / "smollm2-builder-fp32"))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--length", type=int, default=600, help="of the sequences from the start")
-    parser.add_argument("--json", type=Path, help="the whole certificate")
-    parser.add_argument("--work", type=Path, help="keep the exports here")
-    arguments = parser.parse_args()
+def certificate_of(part: str, work: Path, length: int, threads: int | None) -> dict[str, Any]:
+    """Write the exports of a part and compare them; the certificate of all of them."""
+    folder, text = work / "smollm2", work / "text.txt"
     gguf = load_model(fetch_smollm2(CONSOLE.print))
-    require_binary("llama-quantize", build=True)
-    config = make_config(gguf, "yarn", 32768, ladder=LADDER, num_start_tokens=16)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.work or Path(temporary)) / "smollm2"
-        folder.parent.mkdir(exist_ok=True)
-        if not folder.exists():
-            SafetensorsConverter(SafetensorsOptions(dtype="f32")).convert(
-                gguf, None, folder, lambda _: None
-            )
-
-        def say(what: str, share: float) -> None:
-            CONSOLE.print(f"{what}: {share:.0%}", highlight=False)
-
-        text = folder.with_name("text.txt")
+    if not folder.exists():
+        options = SafetensorsOptions(dtype="f32")
+        SafetensorsConverter(options).convert(gguf, None, folder, lambda _: None)
+    if not text.exists():
         write_help_text(text)
+    config = make_config(gguf, "yarn", 32768, ladder=LADDER, num_start_tokens=16)
+    if part == "one-tier":
+        config = stock_config(config)
+    with tempfile.TemporaryDirectory(dir=work) as root:
         certificate, _ = verify_exports(
             load_model(folder),
             config,
-            list(exports(folder, config)),
-            arguments.length,
-            text=text.read_text(encoding="utf-8"),
-            build=True,
-            say=say,
-        )
-        one_tier, _ = verify_exports(
-            load_model(folder),
-            stock_config(config),
-            list(stock_exports(folder, stock_config(config))),
-            arguments.length,
+            list(PARTS[part](folder, config, Path(root))),
+            length if part in FLOAT32 else SHORT_LENGTH,
             text=text.read_text(encoding="utf-8"),
             limits={"unknown": LIMITS["fp32"]},  # the builder's folder does not say what it holds
-            say=say,
+            threads=threads,
+            build=True,
+            say=lambda what, share: CONSOLE.print(f"{what}: {share:.0%}", highlight=False),
         )
-    tables = f"{markdown(certificate)}\n{STOCK_HEAD}{tables_of(one_tier)}"
-    (DOCS / "parity.md").write_text(HEAD + tables, encoding="utf-8")
-    shown = [e for e in certificate["exports"] if e["precision"] in PLOTTED]
-    save_plot({**certificate, "exports": shown}, DOCS / "parity.png")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(certificate), encoding="utf-8")
+    return certificate
+
+
+def write_documents(parts: dict[str, dict[str, Any]]) -> None:
+    """docs/parity.md and .png from the certificates of all parts."""
+    exact, one = [parts[name] for name in FLOAT32], parts["one-tier"]
+    counts = " or ".join(sorted({str(part["tokens"]["count"]) for part in exact}))
+    together = {**exact[0], "exports": [e for p in exact for e in p["exports"]]}
+    others = {**parts["rounded"], "exports": [e for n in ("rounded", "stock") for e in parts[n]["exports"]]}  # fmt: skip
+    head = HEAD.format(length=counts, short=SHORT_LENGTH)
+    tables = f"{markdown(together)}{tables_of(others)}\n{STOCK_HEAD}{tables_of(one)}"
+    write_text(DOCS / "parity.md", head + tables)
+    save_plot(together, DOCS / "parity.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--length", type=int, default=16384, help="of float32 exports' sequences")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"run now: {', '.join(PARTS)}")
+    parser.add_argument("--threads", type=int, help="of llama.cpp and ONNX Runtime")
+    parser.add_argument("--work", type=Path, default=cache_folder() / "parity")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    require_binary("llama-quantize", build=True)
+    for part in filter(None, arguments.parts.split(",")):
+        certificate = certificate_of(part, work, arguments.length, arguments.threads)
+        write_text(work / f"{part}.json", json.dumps(certificate))
+    found = {part: work / f"{part}.json" for part in PARTS}
+    missing = [part for part, path in found.items() if not path.exists()]
+    if missing:
+        CONSOLE.print(f"docs/ is left as it is: not run yet: {', '.join(missing)}")
+        return
+    write_documents({part: json.loads(path.read_text()) for part, path in found.items()})
 
 
 if __name__ == "__main__":
