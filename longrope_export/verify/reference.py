@@ -22,7 +22,7 @@ from longrope_export.models.torch_model import load_torch_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SCORES = 1 << 24  # attention scores held at once, 64 MB of float32
+_SCORES = 1 << 20  # attention scores held at once: 4 MB of float32 stay in a cache
 _NAME = "longrope_reference"
 
 
@@ -231,19 +231,20 @@ class _Attention:
         layer = module.layer_idx
         window = kwargs.get("sliding_window")
         q = q * self._log_scale(layer)[:, None]
-        values = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        group = q.shape[1] // k.shape[1]
         out = torch.zeros_like(q)
         for tier in sorted(set(self.tiers)):
             rows = torch.tensor([i for i, other in enumerate(self.tiers) if other == tier])
             seen = int(rows[-1]) + 1
             cos, sin = self._cos_sin(layer, tier, window, self.at[:seen])
-            keys = rotate(k[:, :, :seen], cos, sin)
-            keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3)
-            for block in torch.split(rows, max(1, _SCORES // (q.shape[1] * seen))):
+            keys = rotate(k[:, :, :seen], cos, sin).transpose(2, 3)
+            for block in torch.split(rows, max(1, _SCORES // seen)):
                 end = int(block[-1]) + 1
                 queries = rotate(q[:, :, block], cos[block], sin[block])
-                weights = self._weights(queries, keys[..., :end], block, window, kwargs)
-                out[:, :, block] = weights @ values[:, :, :end]
+                for head in range(q.shape[1]):
+                    seen_keys = keys[:, head // group, :, :end]
+                    weights = self._weights(queries[:, head], seen_keys, block, window, kwargs)
+                    out[:, head, block] = weights @ v[:, head // group, :end]
         self.progress((layer + 1) / self.num_layers)
         return out.transpose(1, 2).contiguous(), None
 
@@ -252,15 +253,15 @@ class _Attention:
     ) -> Tensor:
         import torch
 
-        scores = q @ keys * (kwargs.get("scaling") or q.shape[-1] ** -0.5)
+        scores = (q * (kwargs.get("scaling") or q.shape[-1] ** -0.5)) @ keys
         softcap = kwargs.get("softcap")
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         here, there = self.at[block][:, None], self.at[: keys.shape[-1]][None, :]
-        seen = there <= here
+        unseen = there > here
         if window:
-            seen &= there > here - window
-        return torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+            unseen |= there <= here - window
+        return torch.softmax(scores.masked_fill_(unseen, -torch.inf), -1)
 
     def _cos_sin(
         self, layer: int, tier: int, window: int | None, at: Tensor
