@@ -51,7 +51,11 @@ def test_a_short_table_says_so() -> None:
 
 
 def test_wrong_use(tmp_path: Path) -> None:
-    for arguments in (("--lengths", "8k"), ("--lengths", "8192", "--budget", "3")):
+    for arguments in (
+        ("--lengths", "8k"),
+        ("--lengths", "0"),
+        ("--lengths", "8192", "--budget", "3"),
+    ):
         result = CliRunner().invoke(main, ["demo", "-o", str(tmp_path), *arguments])
         assert result.exit_code == 2
         assert "--lengths" in result.output

@@ -17,15 +17,9 @@ from hypothesis import strategies as st
 
 from longrope_export.config import FactorTier
 from longrope_export.errors import ConfigError, ModelError
+from longrope_export.finetune.recipes import Layout
 from longrope_export.finetune.retrieval import Retrieval
-from longrope_export.finetune.rows import (
-    IGNORED,
-    Layout,
-    Row,
-    RowSettings,
-    TrainingRows,
-    batch,
-)
+from longrope_export.finetune.rows import IGNORED, Row, RowSettings, TrainingRows, batch
 from longrope_export.finetune.samples import Sample, make_samples
 from longrope_export.hf_runtime import apply_longrope
 from longrope_export.texts import Work

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from longrope_export.models.model import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
+N = TypeVar("N", int, float)
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
 OUTPUT_PATH = click.Path(path_type=Path)
@@ -102,6 +103,25 @@ def input_files(model: Path, factors: Path | None, tiers: tuple[str, ...]) -> li
     named += [Path(tier.partition("=")[2]) for tier in tiers]
     inside = [file for path in named if path.is_dir() for file in path.iterdir() if file.is_file()]
     return [*named, *inside]
+
+
+def number_list(kind: Callable[[str], N], example: str) -> Callable[[str], tuple[N, ...]]:
+    """Type of an option that takes numbers with commas between, as the example has them.
+
+    Args:
+        kind: int or float.
+    """
+    wanted = "whole numbers" if kind is int else "numbers"
+
+    def numbers(text: str) -> tuple[N, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError as error:
+            raise click.BadParameter(
+                f"{text}: expected {wanted} with commas between, as {example}"
+            ) from error
+
+    return numbers
 
 
 def json_option(command: F) -> F:

@@ -16,6 +16,7 @@ from longrope_export.cli.common import (
     is_quiet,
     is_verbose,
     json_option,
+    number_list,
     print_json,
 )
 
@@ -45,14 +46,15 @@ _GENERATION_SECONDS = 5
     type=click.FloatRange(min=0),
     help="Measure what fits into so many minutes, the build included [6].",
 )
-@click.option("--lengths", help="Measure these contexts, however long it takes: 8192,16384.")
+@click.option("--lengths", type=number_list(int, "8192,16384"),
+              help="Measure these contexts, however long it takes: 8192,16384.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of llama.cpp [all].")
 @json_option
 def command(
     parent: Path,
     target_length: int,
     budget: float | None,
-    lengths: str | None,
+    lengths: tuple[int, ...] | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -78,7 +80,7 @@ def command(
     from longrope_export.llama_cpp.progress import build_progress
     from longrope_export.models.model import load_model
 
-    contexts = _parse_lengths(lengths, budget)
+    contexts = _contexts(lengths, budget)
     started = time.monotonic()
     folder = parent / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,16 +127,16 @@ def command(
     _print_result(rows, generated, extended, target_length, seconds, hint)
 
 
-def _parse_lengths(lengths: str | None, budget: float | None) -> list[int] | None:
+def _contexts(lengths: tuple[int, ...] | None, budget: float | None) -> list[int] | None:
     from longrope_export.errors import ConfigError
 
     if lengths is None:
         return None
     if budget is not None:
         raise ConfigError("--lengths are measured however long it takes: leave out --budget")
-    if not all(part.isdecimal() and int(part) for part in lengths.split(",")):
-        raise ConfigError(f"--lengths {lengths}: expected numbers of tokens, as 8192,16384")
-    return [int(part) for part in lengths.split(",")]
+    if min(lengths) < 1:
+        raise ConfigError(f"--lengths must be at least 1 token, got {min(lengths)}")
+    return list(lengths)
 
 
 def _what_is_missing(contexts: list[int], window: int, budget: float, full_seconds: float) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +13,7 @@ from longrope_export.cli.common import (
     OUTPUT_PATH,
     force_option,
     json_option,
+    number_list,
     print_json,
     say,
     share_progress,
@@ -22,7 +22,6 @@ from longrope_export.cli.common import (
 if TYPE_CHECKING:
     from longrope_export.evaluate.settings import Text
 
-N = TypeVar("N", int, float)
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -35,9 +34,8 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
     type=click.Path(path_type=Path, exists=True),
     help="Run every source model under these too; repeat it to compare.",
 )
-@click.option(
-    "--lengths", default="4096", show_default=True, help="Windows in tokens: 4096,8192,16384."
-)
+@click.option("--lengths", default="4096", type=number_list(int, "4096,8192"), show_default=True,
+              help="Windows in tokens: 4096,8192,16384.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), help="Tokens between windows [the length].")
 @click.option(
     "--tokens",
@@ -47,7 +45,8 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--perplexity/--no-perplexity", default=True, help="Perplexity [on].")
 @click.option("--passkey", is_flag=True, help="One number hidden at every depth.")
 @click.option("--needle", is_flag=True, help="Several keys, and several numbers of one key.")
-@click.option("--depths", default="0,0.25,0.5,0.75,1", show_default=True, help="Of the passkey.")
+@click.option("--depths", default="0,0.25,0.5,0.75,1", type=number_list(float, "0,0.5,1"),
+              show_default=True, help="Of the passkey.")  # fmt: skip
 @click.option("--trials", type=click.IntRange(min=1), default=1, help="Of each needle task [1].")
 @click.option(
     "--keys", type=click.IntRange(0, 256), default=5, help="Of the multikey task, or 0 [5]."
@@ -80,13 +79,13 @@ def command(
     paths: tuple[str, ...],
     texts: tuple[Path, ...],
     factors: tuple[Path, ...],
-    lengths: str,
+    lengths: tuple[int, ...],
     stride: int | None,
     tokens: int | None,
     perplexity: bool,
     passkey: bool,
     needle: bool,
-    depths: str,
+    depths: tuple[float, ...],
     trials: int,
     keys: int,
     values: int,
@@ -122,13 +121,13 @@ def command(
     from longrope_export.runtimes.open import parse_export
 
     settings = Settings(
-        lengths=_numbers("--lengths", lengths, int),
+        lengths=tuple(sorted(set(lengths))),
         perplexity=perplexity and bool(texts or not tasks),
         passkey=passkey,
         needle=needle,
         stride=stride,
         tokens=tokens,
-        depths=_numbers("--depths", depths, float),
+        depths=tuple(sorted(set(depths))),
         trials=trials,
         num_keys=keys,
         num_values=values,
@@ -158,15 +157,6 @@ def command(
     from rich.console import Console
 
     Console().print(*rich_tables(results))
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
-    from longrope_export.errors import ConfigError
-
-    try:
-        return tuple(sorted({kind(part) for part in text.split(",")}))
-    except ValueError as error:
-        raise ConfigError(f"{option} {text}: expected numbers with commas between") from error
 
 
 def _read_texts(paths: tuple[Path, ...]) -> list[Text]:

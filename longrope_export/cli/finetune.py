@@ -27,8 +27,7 @@ from longrope_export.cli.finetune_parts import (
     refuse_ignored,
 )
 from longrope_export.cli.finetune_progress import say_result, show_progress, silence, write_plot
-
-LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
+from longrope_export.finetune.recipes import Layout, Rule, Schedule, load_recipe
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -56,7 +55,7 @@ LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Rows of one step.")
 @click.option("--learning-rate", type=float, help="Its peak.")
 @click.option("--warmup-steps", type=int, help="Steps in which it rises.")
-@click.option("--schedule", type=click.Choice(["linear", "cosine", "constant_with_warmup"]),
+@click.option("--schedule", type=click.Choice([*map(str, Schedule)]),
               help="How it falls.")  # fmt: skip
 @click.option("--weight-decay", type=float, help="Of AdamW.")
 @click.option("--window", type=int, help="Positions that a row spans, in tokens [the target].")
@@ -64,12 +63,12 @@ LAYOUTS = ("packed", "documents", "long", "mixed", "pose", "single")
 @click.option("--chunks", type=int, help="Pieces of such a row.")
 @click.option("--true-places/--any-places", default=None,
               help="Whether the pieces are taken from where they stand in works of a window.")  # fmt: skip
-@click.option("--layout", type=click.Choice(LAYOUTS), help="Of the rows.")
+@click.option("--layout", type=click.Choice([*map(str, Layout)]), help="Of the rows.")
 @click.option("--short-share", type=float, help="Rows of short documents, for the layout mixed.")
 @click.option("--retrieval-share", type=float,
               help="Rows that hide numbers and ask for them, for the layouts pose and long.")  # fmt: skip
 @click.option("--retrieval-keys", type=int, help="Numbers of such a row.")
-@click.option("--rule", type=click.Choice(["frozen", "sequence", "causal"]),
+@click.option("--rule", type=click.Choice([*map(str, Rule)]),
               help="Whose factors a token is trained under.")  # fmt: skip
 @click.option("--lora", "lora_rank", type=int, metavar="RANK", help="Adapters; 0: all weights.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None,
@@ -126,7 +125,6 @@ def command(
     )
     from longrope_export.finetune.estimate import geometry_of
     from longrope_export.finetune.metrics import read_metrics
-    from longrope_export.finetune.recipes import Rule, load_recipe
     from longrope_export.finetune.run import FinetuneOptions, check_recipe, finetune
     from longrope_export.finetune.samples import hash_of, make_samples
     from longrope_export.finetune.training import Machine, passes_per_step

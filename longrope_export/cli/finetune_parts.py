@@ -138,13 +138,13 @@ def make_rows(
         ConfigError: texts that are too short for it.
     """
     from longrope_export.finetune.retrieval import Retrieval
-    from longrope_export.finetune.rows import Layout, RowSettings, TrainingRows
+    from longrope_export.finetune.rows import RowSettings, TrainingRows
     from longrope_export.models.torch_model import encode_plainly
 
     window = recipe.window or config.max_position_embeddings
     settings = RowSettings(
         window,
-        Layout(recipe.layout),
+        recipe.layout,
         short_length=config.original_max_position_embeddings,
         short_share=recipe.short_share,
         tokens=min(recipe.tokens or window, window),

@@ -16,6 +16,7 @@ from longrope_export.cli.common import (
     is_quiet,
     json_option,
     model_options,
+    number_list,
     print_json,
     say,
 )
@@ -55,17 +56,16 @@ ALGORITHMS = ("longrope", "longrope2", "practical")
 @click.option("--ladder", help="Search a ladder: 8192,16384,32768, or every:2048, or x1.25.")
 @click.option("--no-refine", is_flag=True, help="A ladder: its smooth family alone.")
 @click.option("--tier-tokens", type=int, help="A ladder: judge a tier on so many tokens [all].")
-@click.option(
-    "--recover", metavar="LENGTHS", help="Short tiers of an extended model, as 4096,8192."
-)
+@click.option("--recover", type=number_list(int, "4096,8192"), metavar="LENGTHS",
+              help="Short tiers of an extended model, as 4096,8192.")  # fmt: skip
 @click.option("--recover-cap", type=float, default=1.0, show_default=True,
               help="Their largest factors, times the model's own.")  # fmt: skip
 @click.option(
     "--switch", type=click.Choice(["causal", "sequence"]), help="Rule [the better one, measured]."
 )
 @click.option(
-    "--documents", default="0,3,3", show_default=True, metavar="N,N,N",
-    help="For search, validation and test; 0: the paper's number.",
+    "--documents", default="0,3,3", type=number_list(int, "0,3,3"), show_default=True,
+    metavar="N,N,N", help="For search, validation and test; 0: the paper's number.",
 )  # fmt: skip
 @click.option(
     "--attention-factor", "attention",

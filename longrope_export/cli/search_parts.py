@@ -99,33 +99,22 @@ def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
     """The options of the command as a SearchOptions.
 
     Raises:
-        ConfigError: a list that is no list of numbers, or options that contradict each other.
+        ConfigError: options that contradict each other.
     """
     from dataclasses import replace
 
     from longrope_export.config import SwitchPolicy
-    from longrope_export.errors import ConfigError
     from longrope_export.search.algorithms import Algorithm
     from longrope_export.search.evaluator import Budget
     from longrope_export.search.evolution import EvolutionSettings
     from longrope_export.search.options import SearchOptions
     from longrope_export.search.practical import PracticalSettings
 
-    def numbers(option: str, text: str, count: int | None = None) -> tuple[int, ...]:
-        try:
-            values = tuple(int(part) for part in text.split(","))
-        except ValueError as error:
-            raise ConfigError(f"--{option} {text}: expected whole numbers, as 4096,8192") from error
-        if count is not None and len(values) != count:
-            raise ConfigError(f"--{option} {text}: expected {count} numbers")
-        return values
-
     algorithm, target = Algorithm(given["algorithm"]), given["target_length"]
     attention = given["attention"]
     if attention is None:
         attention = "search" if algorithm is Algorithm.PRACTICAL else "longrope"
     sizes = {name: given[name] for name in ("population", "iterations") if given[name] is not None}
-    search, validation, test = numbers("documents", given["documents"], 3)
     tokens, minutes = given["budget_tokens"], given["budget_minutes"]
     return SearchOptions(
         target_length=target,
@@ -133,10 +122,10 @@ def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
         ladder=given["ladder"],
         closed_forms=tuple(given["against"].split(",")) if given["against"] else (),
         warm_start=warm,
-        recover=numbers("recover", given["recover"]) if given["recover"] else (),
+        recover=given["recover"] or (),
         recover_cap=given["recover_cap"],
         switch=None if given["switch"] is None else SwitchPolicy(given["switch"]),
-        documents=(search, validation, test),
+        documents=given["documents"],
         attention=attention,
         start_tokens=not given["no_start_tokens"],
         tier_tokens=given["tier_tokens"],

@@ -37,6 +37,28 @@ class Schedule(StrEnum):
     CONSTANT = "constant_with_warmup"
 
 
+class Layout(StrEnum):
+    """How works become rows.
+
+    - PACKED: works behind each other, cut into rows; positions and attention run across works
+      (LongRoPE, arXiv 2402.13753, section 4.1).
+    - DOCUMENTS: the same, but positions begin anew at each work and attention stays within it.
+    - LONG: rows from within works of a window and more.
+    - MIXED: works up to short_length as in DOCUMENTS, longer ones as in PACKED, in a fixed share
+      of rows (LongRoPE2, arXiv 2502.20082, section 3.3).
+    - POSE: short rows with positions spread over the window (PoSE, arXiv 2309.10400).
+    - SINGLE: a work to a row, of its own length; a longer one is cut at the window, and a piece
+      without targets is dropped (conversations in Entropy-ABF, arXiv 2401.07004).
+    """
+
+    PACKED = "packed"
+    DOCUMENTS = "documents"
+    LONG = "long"
+    MIXED = "mixed"
+    POSE = "pose"
+    SINGLE = "single"
+
+
 class Rule(StrEnum):
     """Under which factors a training token is computed.
 
@@ -67,7 +89,7 @@ class Recipe:
         warmup_steps: rising linearly from 0.
         betas: of AdamW.
         max_grad_norm: the gradient is scaled down to it; 0 for never.
-        layout: of the rows, see rows.Layout.
+        layout: of the rows, see Layout.
         chunks: pieces of a row under pose.
         true_places: under pose, whether pieces are taken from where they stand in a long work.
         short_share: of the rows under mixed that hold short documents.
@@ -94,7 +116,7 @@ class Recipe:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
-    layout: str = "packed"
+    layout: Layout = Layout.PACKED
     chunks: int = 2
     true_places: bool = False
     short_share: float = 0.3
@@ -107,6 +129,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", self._choice("schedule", Schedule))
+        object.__setattr__(self, "layout", self._choice("layout", Layout))
         object.__setattr__(self, "rule", self._choice("rule", Rule))
         object.__setattr__(self, "betas", tuple(self.betas))
         if (self.steps is None) == (self.epochs is None):

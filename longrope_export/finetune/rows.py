@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 
 from longrope_export.errors import ConfigError
+from longrope_export.finetune.recipes import Layout
 from longrope_export.finetune.retrieval import Retrieval
 from longrope_export.finetune.row_sources import (
     Epoch,
@@ -26,28 +26,6 @@ from longrope_export.finetune.row_sources import (
 )
 from longrope_export.finetune.samples import Sample
 from longrope_export.models.token_losses import IGNORED
-
-
-class Layout(StrEnum):
-    """How works become rows.
-
-    - PACKED: works behind each other, cut into rows; positions and attention run across works
-      (LongRoPE, arXiv 2402.13753, section 4.1).
-    - DOCUMENTS: the same, but positions begin anew at each work and attention stays within it.
-    - LONG: rows from within works of a window and more.
-    - MIXED: works up to short_length as in DOCUMENTS, longer ones as in PACKED, in a fixed share
-      of rows (LongRoPE2, arXiv 2502.20082, section 3.3).
-    - POSE: short rows with positions spread over the window (PoSE, arXiv 2309.10400).
-    - SINGLE: a work to a row, of its own length; a longer one is cut at the window, and a piece
-      without targets is dropped (conversations in Entropy-ABF, arXiv 2401.07004).
-    """
-
-    PACKED = "packed"
-    DOCUMENTS = "documents"
-    LONG = "long"
-    MIXED = "mixed"
-    POSE = "pose"
-    SINGLE = "single"
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,10 @@ class SearchOptions:
     practical: PracticalSettings = field(default_factory=PracticalSettings)
 
     def __post_init__(self) -> None:
-        if min(self.documents[1:]) < 1 or self.documents[0] < 0:
+        if len(self.documents) != 3 or min(self.documents[1:]) < 1 or self.documents[0] < 0:
             raise ConfigError(
-                f"--documents: expected at least one for validation and test, got {self.documents}"
+                "--documents: expected 3 numbers, at least one for validation and test, "
+                f"got {self.documents}"
             )
         if not self.ladder and any("-ladder" in name for name in self.compared):
             raise ConfigError(f"--against {','.join(self.compared)}: ladders belong to --ladder")

@@ -1,0 +1,47 @@
+"""A source model, factors for it, an ONNX export of both, and a text: what is evaluated."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+from pathlib import Path
+
+import numpy as np
+from test_onnx import export
+from tiny_models import add_bpe_tokenizer, make_model
+
+from longrope_export.config import FactorTier, LongRopeConfig
+from longrope_export.factor_files import to_json
+from longrope_export.models.model import load_model
+
+HELP = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[:60_000]
+
+
+def ladder(folder: Path) -> LongRopeConfig:
+    """Borders at 300, 600 and 2000 tokens; factors and attention factors that matter."""
+    native = load_model(folder).native
+    ramp = np.linspace(0, 1, native.num_pairs)
+
+    def tier(length: int, ratio: float, attention: float) -> FactorTier:
+        return FactorTier(length, tuple((ratio**ramp).tolist()), 3, attention)
+
+    return LongRopeConfig(
+        rope_theta=native.rope_theta,
+        rotary_dim=native.rotary_dim,
+        original_max_position_embeddings=256,
+        max_position_embeddings=2000,
+        tiers=(tier(300, 1, 1.0), tier(600, 3, 1.1), tier(2000, 8, 1.2)),
+        provenance={"method": "by hand"},
+    )
+
+
+def make_root(folder: Path) -> Path:
+    """m: a source model whose attention matters; f.json: factors; m-onnx: both; help.txt."""
+    settings = {"initializer_range": 0.15, "eos_token_id": 1}
+    source = make_model(folder / "m", dtype="float32", **settings)
+    add_bpe_tokenizer(source)
+    config = ladder(source)
+    (folder / "f.json").write_text(json.dumps(to_json(config)))
+    export(source, config, folder / "m-onnx")
+    (folder / "help.txt").write_text(HELP)
+    return folder
