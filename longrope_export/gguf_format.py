@@ -68,6 +68,7 @@ class GgufHeader:
     alignment_bytes: int
     data_start_bytes: int
     file_bytes: int
+    modified_ns: int  # of the file, when it was read
 
     def get(self, key: str, default: Any = None) -> Any:
         entry = self.key_values.get(key)
@@ -120,6 +121,20 @@ def padding(size: int, alignment_bytes: int) -> int:
     return -size % alignment_bytes
 
 
+def latest(header: GgufHeader) -> GgufHeader:
+    """The header as it is, or read again where the file has another size or time by now.
+
+    Raises:
+        GgufError: see read_header.
+    """
+    try:
+        now = header.path.stat()
+    except OSError as error:
+        raise GgufError(f"{header.path}: cannot read: {error.strerror}") from error
+    same = (now.st_size, now.st_mtime_ns) == (header.file_bytes, header.modified_ns)
+    return header if same else read_header(header.path)
+
+
 def read_header(path: Path) -> GgufHeader:
     """Read and check the header of a GGUF file; the cost does not depend on the tensor data.
 
@@ -128,13 +143,14 @@ def read_header(path: Path) -> GgufHeader:
             that overlap or reach past the end, a version or byte order not known here.
     """
     try:
-        size = path.stat().st_size
+        stat = path.stat()
+        size = stat.st_size
         if size < 24:
             raise GgufError(
                 f"{path}: {size} bytes, too short for a GGUF header (24 bytes at least)"
             )
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return _Parser(path, view).parse()
+            return _Parser(path, view, stat.st_mtime_ns).parse()
     except OSError as error:
         raise GgufError(f"{path}: cannot read: {error.strerror}") from error
 
@@ -142,8 +158,9 @@ def read_header(path: Path) -> GgufHeader:
 class _Parser:
     """A cursor over the mapped file. Every read is checked against the end of the file."""
 
-    def __init__(self, path: Path, view: mmap.mmap) -> None:
+    def __init__(self, path: Path, view: mmap.mmap, modified_ns: int) -> None:
         self.path, self.view, self.size, self.at = path, view, len(view), 0
+        self.modified_ns = modified_ns
 
     def fail(self, problem: str) -> GgufError:
         return GgufError(f"{self.path}: damaged GGUF at byte {self.at}: {problem}")
@@ -209,6 +226,7 @@ class _Parser:
             alignment,
             min(data_start, self.size),
             self.size,
+            self.modified_ns,
         )
         self.check_tensors(header)
         return header

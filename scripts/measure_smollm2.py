@@ -7,7 +7,7 @@
 Fetches SmolLM2 where it is missing. One length and variant after the other, in any order and in as many
 runs as one likes: what is finished is kept in --work, and the table holds all of it. Before each part
 stands what it will roughly take; a pass over 32768 tokens costs some 15 minutes of two old cores.
-Between `<!-- measured: begin -->` and `<!-- measured: end -->` README.md gets the same table.
+The block `evaluation` of README.md, where there is one, gets the same table.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from readme import has_block, write_block
 from rich.console import Console
 
 from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
@@ -42,7 +43,6 @@ ROOT = Path(__file__).parent.parent
 CONSOLE = Console(stderr=True)
 TARGET = 32768
 LADDER = "every:4096"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 VARIANTS = {
     "none": "as trained",
     "pi": "PI",
@@ -116,11 +116,8 @@ def write_documents(results: dict[str, Any], tokens: int) -> None:
     write_text(ROOT / "docs" / "evaluation.md", f"{HEAD}{text}\n{words}{plot}")
     save_plots([Plot("evaluation", "perplexity", "", lambda: by_length(results))], ROOT / "docs")
     (ROOT / "docs" / "evaluation.svg").unlink()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if BEGIN in readme and END in readme:
-        before, _, rest = readme.partition(BEGIN)
-        after = rest.partition(END)[2]
-        write_text(ROOT / "README.md", f"{before}{BEGIN}\n{text}\n{END}{after}")
+    if has_block("evaluation"):
+        write_block("evaluation", text)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from readme import table, write_block
 from rich.console import Console
 
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
@@ -39,6 +40,7 @@ from longrope_export.verify.report import markdown, save_plot
 
 DOCS = Path(__file__).parent.parent / "docs"
 CONSOLE = Console(stderr=True)
+Exports = Iterator[Export]  # each is written when it is asked for
 LADDER = "8192,16384,32768"
 ROUNDED_GGUF = ("f16", "bf16", "q8_0", "q4_k_m")
 ROUNDED_ONNX = ("fp16", "int8", "int4")
@@ -63,7 +65,12 @@ problem that this project is about.
 """
 
 
-STOCK_HEAD = """## One tier, in the stock format
+OTHERS_HEAD = """
+## Other precisions, stock runtimes: {short} tokens
+"""
+
+STOCK_HEAD = """
+## One tier, in the stock format
 
 The last tier alone, for texts of any length and without start tokens: the stock config.json says all of
 it, and transformers alone computes it. onnxruntime-genai's own builder writes plain RoPE for a llama whose
@@ -110,9 +117,6 @@ def to_onnx(
     converter = OnnxConverter(OnnxOptions(precision=precision, ops=ops))
     converter.convert(load_model(folder), config, path, lambda _: None)
     return path
-
-
-Exports = Iterator[Export]  # each is written when it is asked for
 
 
 def transformers(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
@@ -192,15 +196,56 @@ def certificate_of(part: str, work: Path, length: int, threads: int | None) -> d
 
 
 def write_documents(parts: dict[str, dict[str, Any]]) -> None:
-    """docs/parity.md and .png from the certificates of all parts."""
-    exact, one = [parts[name] for name in FLOAT32], parts["one-tier"]
-    counts = " or ".join(sorted({str(part["tokens"]["count"]) for part in exact}))
-    together = {**exact[0], "exports": [e for p in exact for e in p["exports"]]}
-    others = {**parts["rounded"], "exports": [e for n in ("rounded", "stock") for e in parts[n]["exports"]]}  # fmt: skip
-    head = HEAD.format(length=counts, short=SHORT_LENGTH)
-    tables = f"{markdown(together)}{tables_of(others)}\n{STOCK_HEAD}{tables_of(one)}"
-    write_text(DOCS / "parity.md", head + tables)
-    save_plot(together, DOCS / "parity.png")
+    """docs/parity.md and .png, and the README's block, from the certificates of all parts."""
+    exact = [export for name in FLOAT32 for export in parts[name]["exports"]]
+    others = [export for name in ("rounded", "stock") for export in parts[name]["exports"]]
+    first = parts["transformers"]
+    counts = " or ".join(sorted({str(parts[name]["tokens"]["count"]) for name in FLOAT32}))
+    sections = (
+        HEAD.format(length=counts, short=SHORT_LENGTH),
+        markdown({**first, "exports": exact}),
+        OTHERS_HEAD.format(short=SHORT_LENGTH),
+        tables_of({**parts["stock"], "exports": others}),
+        STOCK_HEAD,
+        tables_of(parts["one-tier"]),
+    )
+    block = readme_table(exact)
+    write_text(DOCS / "parity.md", "".join(sections))
+    drawn = [export for export in [*exact, *others] if export["precision"] == "fp32"]
+    save_plot({**first, "exports": drawn}, DOCS / "parity.png")
+    write_block("parity", block)
+
+
+def readme_table(exports: list[dict[str, Any]]) -> str:
+    """The worst of each export, Markdown."""
+    rows = []
+    for export in exports:
+        cases = export["cases"]
+        name = f"{export['runtime']}, {export['precision']}"
+        if cases:
+            tokens = max(case["length"] - case["origin"] for case in cases)
+            worst = [max(case[key] for case in cases) for key in ("max_difference", "max_kl")]
+            rows.append((name, f"{tokens:,}", *(f"{value:.2g}" for value in worst)))
+        else:
+            rows.append((name, "did not run", "", ""))
+    columns = ("export", "tokens from the first one on", "largest difference of a logit", "largest KL, nats")  # fmt: skip
+    return table(columns, rows)
+
+
+def refuse_mixed(parts: dict[str, dict[str, Any]]) -> None:
+    """Certificates of different source models or versions do not belong in one document.
+
+    Raises:
+        SystemExit: naming the parts that differ from the first one.
+    """
+
+    def key(certificate: dict[str, Any]) -> tuple[Any, Any]:
+        return certificate["tool"], certificate["reference"]["sha256"]
+
+    first = next(iter(parts.values()))
+    other = [part for part, found in parts.items() if key(found) != key(first)]
+    if other:
+        raise SystemExit(f"of another version or model than the other parts, run again: {other}")
 
 
 def main() -> None:
@@ -214,8 +259,13 @@ def main() -> None:
     arguments = parser.parse_args()
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    require_binary("llama-quantize", build=True)
-    for part in filter(None, arguments.parts.split(",")):
+    chosen = [part for part in arguments.parts.split(",") if part]
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown:
+        parser.error(f"no part {unknown[0]}: there are {', '.join(PARTS)}")
+    if "rounded" in chosen:
+        require_binary("llama-quantize", build=True)
+    for part in chosen:
         certificate = certificate_of(part, work, arguments.length, arguments.threads)
         write_text(work / f"{part}.json", json.dumps(certificate))
     found = {part: work / f"{part}.json" for part in PARTS}
@@ -223,7 +273,9 @@ def main() -> None:
     if missing:
         CONSOLE.print(f"docs/ is left as it is: not run yet: {', '.join(missing)}")
         return
-    write_documents({part: json.loads(path.read_text()) for part, path in found.items()})
+    parts = {part: json.loads(path.read_text(encoding="utf-8")) for part, path in found.items()}
+    refuse_mixed(parts)
+    write_documents(parts)
 
 
 if __name__ == "__main__":

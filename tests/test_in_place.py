@@ -22,10 +22,14 @@ from bake_models import (
 
 from longrope_converters.to_gguf import bake, files, in_place
 from longrope_converters.to_gguf.bake import PADDING_KEY, HeaderEdit, bake_gguf
+from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_converters.to_gguf.in_place import bake_in_place
+from longrope_export.config import LongRopeConfig
 from longrope_export.errors import OutputError
 from longrope_export.gguf_format import read_header
 from longrope_export.gguf_values import ValueType, make_array, make_key_value
+from longrope_export.ladder import make_config
+from longrope_export.models.model import Model, header_of, load_model
 
 
 @pytest.fixture
@@ -73,6 +77,25 @@ def test_in_place_equals_a_new_file(editable: Path) -> None:
     bake_in_place(read_header(editable), EDIT)
     check_edit(before, data, editable)
     assert (read_header(editable).data_start_bytes - before.data_start_bytes) % 512 == 0
+
+
+@pytest.mark.usefixtures("editable")
+def test_a_model_that_is_held_may_be_edited_twice(tiny_gguf: Path, tmp_path: Path) -> None:
+    data, model = tensor_data(tiny_gguf), load_model(tiny_gguf)
+    converter = GgufConverter(GgufOptions(in_place=True))
+    for num_tiers in (4, 400):  # the second header needs another block
+        config = long_ladder(model, num_tiers)
+        converter.convert(model, config, tmp_path / "unused", lambda _: None)
+        held = tensor_data(tiny_gguf)
+        assert {name: held[name] for name in data} == data
+        assert len(load_model(tiny_gguf).native.tiers) == num_tiers
+    assert header_of(model) == read_header(tiny_gguf) != model.gguf_header
+
+
+def long_ladder(model: Model, num_tiers: int) -> LongRopeConfig:
+    window = model.window
+    lengths = ",".join(str(window * (n + 1)) for n in range(num_tiers))
+    return make_config(model, "yarn", window * num_tiers, ladder=lengths)
 
 
 def test_a_second_edit_in_place_uses_the_padding(editable: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import FactorFileError, ModelError
-from longrope_export.gguf_format import GgufHeader, read_header
+from longrope_export.gguf_format import GgufHeader, latest, read_header
 from longrope_export.gguf_keys import has_our_keys
 from longrope_export.models.families import Family, family_of_gguf
 from longrope_export.models.hf_config import HfConfig, is_hf_folder, read_hf_config
@@ -41,7 +41,7 @@ class Model:
             themselves are not read.
         has_longrope: the settings name LongRoPE factors in stock's spelling, to be carried over.
         has_definition: it holds a whole config of ours, which `native` then is.
-        gguf_header: of a GGUF, for who reads on; parsing a vocabulary twice takes time.
+        gguf_header: of a GGUF, as it was read; see header_of.
     """
 
     path: Path
@@ -119,6 +119,16 @@ def load_model(path: Path) -> Model:
     if not path.is_file():
         raise ModelError(f"{path}: no such file or folder")
     return _from_gguf(read_header(path))
+
+
+def header_of(model: Model) -> GgufHeader:
+    """The header of a GGUF, parsed again only if the file has changed since the model was loaded.
+
+    Raises:
+        GgufError: it cannot be read any more.
+    """
+    assert model.gguf_header is not None, f"{model.path} is no GGUF"
+    return latest(model.gguf_header)
 
 
 def check_fits(config: LongRopeConfig, model: Model, source: str) -> None:

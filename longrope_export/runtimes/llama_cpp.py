@@ -15,12 +15,12 @@ import numpy as np
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError, ToolError
-from longrope_export.gguf_format import GgufHeader, read_header
+from longrope_export.gguf_format import GgufHeader
 from longrope_export.llama_cpp.binaries import require_binaries
 from longrope_export.llama_cpp.driver import require_driver
 from longrope_export.llama_cpp.options import BuildOptions
 from longrope_export.llama_cpp.source import VERSION
-from longrope_export.models.model import load_model
+from longrope_export.models.model import header_of, load_model
 from longrope_export.runtimes.base import (
     DEFAULT_CHUNK,
     Hidden,
@@ -66,7 +66,7 @@ class LlamaCppModel:
         build: bool = False,
     ) -> None:
         model = load_model(path)
-        header = read_header(path)
+        header = header_of(model)
         self.config: LongRopeConfig | None = model.native
         self._reprocesses = patched and model.native.switch is SwitchPolicy.SEQUENCE
         self.info = RuntimeInfo(

@@ -241,27 +241,21 @@ class _Attention:
             for block in torch.split(rows, max(1, _SCORES // seen)):
                 end = int(block[-1]) + 1
                 queries = rotate(q[:, :, block], cos[block], sin[block])
+                unseen = self._unseen(block, end, window)
                 for head in range(q.shape[1]):
                     seen_keys = keys[:, head // group, :, :end]
-                    weights = self._weights(queries[:, head], seen_keys, block, window, kwargs)
+                    weights = _weights(queries[:, head], seen_keys, unseen, kwargs)
                     out[:, head, block] = weights @ v[:, head // group, :end]
         self.progress((layer + 1) / self.num_layers)
         return out.transpose(1, 2).contiguous(), None
 
-    def _weights(
-        self, q: Tensor, keys: Tensor, block: Tensor, window: int | None, kwargs: dict[str, Any]
-    ) -> Tensor:
-        import torch
-
-        scores = (q * (kwargs.get("scaling") or q.shape[-1] ** -0.5)) @ keys
-        softcap = kwargs.get("softcap")
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        here, there = self.at[block][:, None], self.at[: keys.shape[-1]][None, :]
+    def _unseen(self, rows: Tensor, end: int, window: int | None) -> Tensor:
+        """(rows, end) keys that a query must not see."""
+        here, there = self.at[rows][:, None], self.at[:end][None, :]
         unseen = there > here
         if window:
             unseen |= there <= here - window
-        return torch.softmax(scores.masked_fill_(unseen, -torch.inf), -1)
+        return unseen
 
     def _cos_sin(
         self, layer: int, tier: int, window: int | None, at: Tensor
@@ -290,6 +284,17 @@ class _Attention:
             return torch.ones(len(self.at))
         base = math.log(scaling.base_length)
         return torch.tensor([max(math.log(int(p) + 1) / base, 1.0) for p in self.at])
+
+
+def _weights(q: Tensor, keys: Tensor, unseen: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """(1, rows, end) attention of one head."""
+    import torch
+
+    scores = (q * (kwargs.get("scaling") or q.shape[-1] ** -0.5)) @ keys
+    softcap = kwargs.get("softcap")
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    return torch.softmax(scores.masked_fill_(unseen, -torch.inf), -1)
 
 
 def _local_theta(model: Any) -> float | None:

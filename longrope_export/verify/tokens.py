@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from longrope_export.errors import ConfigError
-from longrope_export.gguf_format import read_header
 from longrope_export.models.hf_config import read_hf_config
-from longrope_export.models.model import Model, ModelKind
+from longrope_export.models.model import Model, ModelKind, header_of
 from longrope_export.models.torch_model import load_torch_tokenizer
 
 _LOWEST = 3  # most vocabularies begin with special tokens
@@ -35,6 +34,5 @@ def vocabulary_size(model: Model) -> int:
     """Rows of the embedding."""
     if model.kind is ModelKind.HF:
         return read_hf_config(model.path).require_int("vocab_size")
-    header = read_header(model.path)
-    shapes = (t.shape for t in header.tensors if t.name == "token_embd.weight")
+    shapes = (t.shape for t in header_of(model).tensors if t.name == "token_embd.weight")
     return next(shapes)[1]

@@ -24,7 +24,7 @@ from longrope_export.gguf_format import GgufHeader, read_header
 from longrope_export.gguf_keys import LLAMA3_TENSOR, has_stock_fields
 from longrope_export.honours import Verdict, honours
 from longrope_export.models.hf_config import read_hf_config
-from longrope_export.models.model import Model, ModelKind
+from longrope_export.models.model import Model, ModelKind, header_of
 from longrope_export.outputs import check_output, replace_when_done
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def _route(model: Model) -> str:
 
 
 def _shards(model: Model) -> tuple[GgufHeader, ...]:
-    return () if model.gguf_header is None else read_shards(model.gguf_header)
+    return read_shards(header_of(model)) if model.kind is ModelKind.GGUF else ()
 
 
 def _notes(model: Model, config: LongRopeConfig | None, header: GgufHeader) -> tuple[str, ...]:

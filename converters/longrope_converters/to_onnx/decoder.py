@@ -193,16 +193,16 @@ class _Blocks:
         if self.attention.standard:
             stream = self.graph.op("Add", stream, added)
             return stream, self._norm(stream, name)
-        normed, mean, inverse, stream = self.graph.op(
+        normed, _, _, stream = self.graph.op(
             "SkipSimplifiedLayerNormalization",
             added,
             stream,
             self._norm_weight(name, self.decoder.hidden_size),
             domain=MICROSOFT,
             outputs=4,
+            unused=(1, 2),  # mean and inverse deviation
             epsilon=self.decoder.norm_epsilon,
         )
-        mean.name = inverse.name = ""  # not wanted: a named one is allocated at every call
         return stream, normed
 
     def _norm_weight(self, name: str, size: int) -> ir.Value:

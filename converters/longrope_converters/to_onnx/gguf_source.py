@@ -20,10 +20,10 @@ from longrope_converters.to_gguf.families import NATIVE, expected_tensors
 from longrope_converters.to_onnx.source import Source, Weights
 from longrope_converters.to_onnx.weights import Float32, Rows
 from longrope_export.errors import ModelError, UnsupportedError
-from longrope_export.gguf_format import GgufHeader, TensorInfo, read_header
+from longrope_export.gguf_format import GgufHeader, TensorInfo
 from longrope_export.gguf_keys import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
 from longrope_export.models.hf_config import HfConfig
-from longrope_export.models.model import Model
+from longrope_export.models.model import Model, header_of
 
 # config.json -> key of the architecture; what a file lacks is left to the family's defaults
 _SETTINGS = {
@@ -119,7 +119,7 @@ def open_gguf(model: Model) -> Source:
             package cannot undo, a split file.
         GgufError: the file is damaged.
     """
-    header = read_header(model.path)
+    header = header_of(model)
     name = model.family.name
     if name not in NATIVE or name == "minicpm":
         known = ", ".join(sorted(set(NATIVE) - {"minicpm"}))

@@ -77,12 +77,18 @@ class Graph:
         *inputs: ir.Value | None,
         domain: str = "",
         outputs: int = 1,
+        unused: Sequence[int] = (),
         **attributes: Any,
     ) -> Any:
-        """Add a node; returns its output, or the tuple of its outputs if there are several."""
+        """Add a node; returns its output, or the tuple of its outputs if there are several.
+
+        Args:
+            unused: outputs that nobody wants; a named one would be allocated at every call.
+        """
         self.microsoft |= domain == MICROSOFT
         number = len(self._nodes)
-        values = [ir.Value(name=f"{op_type}_{number}.{index}") for index in range(outputs)]
+        names = [f"{op_type}_{number}.{index}" for index in range(outputs)]
+        values = [ir.Value(name="" if i in unused else name) for i, name in enumerate(names)]
         self._nodes.append(
             ir.node(
                 op_type,

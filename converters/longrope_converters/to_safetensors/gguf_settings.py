@@ -24,7 +24,7 @@ from longrope_export.gguf_format import GgufHeader, TensorInfo
 from longrope_export.gguf_keys import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
 from longrope_export.gguf_values import tensor_bytes
 from longrope_export.models.hf_config import HfConfig
-from longrope_export.models.model import Model
+from longrope_export.models.model import Model, header_of
 
 _FACTOR_TENSORS = {LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR}  # read with the settings
 # number of layers by which llama.cpp knows the one size that scales queries in its own way
@@ -68,8 +68,7 @@ def read_gguf_model(model: Model) -> GgufModel:
             a model of this architecture does not have.
         GgufError: missing keys or tensors, shapes that do not fit.
     """
-    assert model.gguf_header is not None  # the caller's: model.kind is GGUF
-    headers = read_shards(model.gguf_header)
+    headers = read_shards(header_of(model))
     header, family = headers[0], model.family.name
     found = {info.name: (file, info) for file in headers for info in file.tensors}
     if header.architecture != family or family not in (*NATIVE, *_GEMMAS) or family == "minicpm":

@@ -1,0 +1,46 @@
+"""The scripts that write the numbers of README.md."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from readme import README, has_block, table, write_block  # noqa: E402
+from update_readme import PARTS  # noqa: E402
+
+
+def test_a_block_is_replaced_and_the_rest_is_kept(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n", encoding="utf-8")
+    for _ in range(2):
+        write_block("x", "| new |", readme)
+    text = readme.read_text(encoding="utf-8")
+    assert text == "# a\n<!-- x: begin -->\n\n| new |\n\n<!-- x: end -->\nb\n"
+    with pytest.raises(SystemExit, match="y: begin"):
+        write_block("y", "", readme)
+    assert readme.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("marks", ["<!-- x: end -->a<!-- x: begin -->b", "<!-- x: begin -->b" * 2])
+def test_a_damaged_block_loses_nothing(tmp_path: Path, marks: str) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(marks, encoding="utf-8")
+    with pytest.raises(SystemExit, match="put them back"):
+        write_block("x", "new", readme)
+    assert readme.read_text(encoding="utf-8") == marks
+
+
+@pytest.mark.parametrize("name", ["demo", "speed", "parity"])
+def test_the_readme_has_its_blocks_and_they_are_not_empty(name: str) -> None:
+    assert name in PARTS and has_block(name)
+    block = README.read_text(encoding="utf-8").partition(f"{name}: begin -->")[2]
+    assert block.partition("<!--")[0].count("\n|") >= 3
+
+
+def test_a_table_is_markdown() -> None:
+    assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
