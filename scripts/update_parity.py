@@ -58,7 +58,7 @@ llama.cpp multiplies positions and frequencies in float32, stock or patched: at 
 the fastest pair is off by up to p / 2^24, and its differences grow in that measure. The definition
 allows float32 angles, and so do the limits for it.
 
-The float32 exports ran whole sequences of {length} tokens, from the first one on; the others {short} tokens and all borders.
+Whole sequences have {length} tokens in float32 and {short} otherwise; every border is looked at besides.
 The stock runtimes at the end run the same files: where they depart from the definition is the
 problem that this project is about.
 
@@ -203,7 +203,7 @@ def write_documents(parts: dict[str, dict[str, Any]]) -> None:
     counts = " or ".join(sorted({str(parts[name]["tokens"]["count"]) for name in FLOAT32}))
     sections = (
         HEAD.format(length=counts, short=SHORT_LENGTH),
-        markdown({**first, "exports": exact}),
+        markdown({**first, "exports": exact, "tokens": {"count": counts}}),
         OTHERS_HEAD.format(short=SHORT_LENGTH),
         tables_of({**parts["stock"], "exports": others}),
         STOCK_HEAD,
