@@ -215,23 +215,21 @@ def bake_commands(scratch: Scratch, *, cached: bool = True) -> list[Command]:
         cached: the file is in the page cache, as cp and the download leave it there.
     """
 
-    def clean() -> None:
-        scratch.clean()
-        if not cached:
+    def then_evict(prepare: Callable[[], None]) -> Callable[[], None]:
+        def both() -> None:
+            prepare()
             scratch.evict()
 
-    def fresh_copy() -> None:
-        scratch.fresh_copy()
-        if not cached:
-            scratch.evict()
+        return prepare if cached else both
 
+    clean = then_evict(scratch.clean)
     bake = ours("gguf", scratch.model, "--factors", scratch.factors, "-o", scratch.output)
     in_place = ours("gguf", scratch.copy, "--factors", scratch.factors, "--in-place")
     return [
         Command("cp", ("cp", str(scratch.model), str(scratch.copy)), clean),
         Command("cp+sync", copy_and_sync(scratch.model, scratch.copy), clean),
         Command("bake", bake, clean),
-        Command("in place", in_place, fresh_copy),
+        Command("in place", in_place, then_evict(scratch.fresh_copy)),
     ]
 
 

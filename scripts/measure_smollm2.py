@@ -13,13 +13,15 @@ The block `evaluation` of README.md, where there is one, gets the same table.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from readme import has_block, write_block
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
 from longrope_export.config import LongRopeConfig, SwitchPolicy
@@ -38,6 +40,7 @@ from longrope_export.outputs import write_text
 from longrope_export.report.drawing import Plot, save_plots
 from longrope_export.report.figures import by_length
 from longrope_export.runtimes.open import parse_export
+from scripts.readme import has_block, write_block
 
 ROOT = Path(__file__).parent.parent
 CONSOLE = Console(stderr=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from longrope_export.outputs import write_text
@@ -27,9 +26,3 @@ def write_block(name: str, text: str, readme: Path = README) -> None:
     if not found or begin in rest or end in before + after:
         raise SystemExit(f"{readme}: expected one {begin} and one {end} behind it: put them back")
     write_text(readme, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

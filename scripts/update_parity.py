@@ -20,14 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from readme import table, write_block
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from longrope_converters.base import Converter
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
 from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.demo.material import fetch_smollm2, write_help_text
+from longrope_export.evaluate.results import Table, markdown_table
 from longrope_export.ladder import make_config
 from longrope_export.llama_cpp.binaries import require_binary
 from longrope_export.llama_cpp.cache import cache_folder
@@ -37,10 +40,11 @@ from longrope_export.runtimes.open import Export
 from longrope_export.verify.compare import LIMITS
 from longrope_export.verify.exports import SHORT_LENGTH, verify_exports
 from longrope_export.verify.report import markdown, save_plot
+from scripts.readme import write_block
 
 DOCS = Path(__file__).parent.parent / "docs"
 CONSOLE = Console(stderr=True)
-Exports = Iterator[Export]  # each is written when it is asked for
+Exports = Iterator[Export]
 LADDER = "8192,16384,32768"
 ROUNDED_GGUF = ("f16", "bf16", "q8_0", "q4_k_m")
 ROUNDED_ONNX = ("fp16", "int8", "int4")
@@ -97,26 +101,26 @@ def build_with_genai(folder: Path, output: Path) -> Path:
     return output
 
 
+def write(converter: Converter, folder: Path, config: LongRopeConfig | None, path: Path) -> Path:
+    converter.convert(load_model(folder), config, path, lambda _: None)
+    return path
+
+
 def to_folder(folder: Path, config: LongRopeConfig, path: Path, remote_code: bool = True) -> Path:
     options = SafetensorsOptions(remote_code=remote_code, link=True)
-    SafetensorsConverter(options).convert(load_model(folder), config, path, lambda _: None)
-    return path
+    return write(SafetensorsConverter(options), folder, config, path)
 
 
 def to_gguf(folder: Path, config: LongRopeConfig, root: Path, outtype: str) -> Path:
-    path = root / f"smollm2-{outtype}.gguf"
     converter = GgufConverter(GgufOptions(outtype=outtype))
-    converter.convert(load_model(folder), config, path, lambda _: None)
-    return path
+    return write(converter, folder, config, root / f"smollm2-{outtype}.gguf")
 
 
 def to_onnx(
     folder: Path, config: LongRopeConfig, root: Path, precision: str, ops: str = "genai"
 ) -> Path:
-    path = root / f"smollm2-{precision}-{ops}"
     converter = OnnxConverter(OnnxOptions(precision=precision, ops=ops))
-    converter.convert(load_model(folder), config, path, lambda _: None)
-    return path
+    return write(converter, folder, config, root / f"smollm2-{precision}-{ops}")
 
 
 def transformers(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
@@ -228,8 +232,8 @@ def readme_table(exports: list[dict[str, Any]]) -> str:
             rows.append((name, f"{tokens:,}", *(f"{value:.2g}" for value in worst)))
         else:
             rows.append((name, "did not run", "", ""))
-    columns = ("export", "tokens from the first one on", "largest difference of a logit", "largest KL, nats")  # fmt: skip
-    return table(columns, rows)
+    header = ("export", "tokens from the first one on", "largest difference of a logit", "largest KL, nats")  # fmt: skip
+    return markdown_table(Table("parity", header, tuple(rows)))
 
 
 def refuse_mixed(parts: dict[str, dict[str, Any]]) -> None:

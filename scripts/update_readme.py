@@ -27,9 +27,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from readme import table, write_block
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from longrope_export.evaluate.results import Table, markdown_table
 from longrope_export.llama_cpp.cache import cache_folder
+from scripts.readme import write_block
 
 SCRIPTS = Path(__file__).parent
 LENGTHS = "8192,16384"
@@ -62,7 +64,8 @@ def demo(options: Sequence[str]) -> None:
         (f"{row['context']} tokens", f"{row['before']:.2f}", f"{row['after']:.2f}")
         for row in found["rows"]
     ]
-    write_block("demo", table(("perplexity at", "original file", "with factors for 32768"), rows))
+    header = ("perplexity at", "original file", "with factors for 32768")
+    write_block("demo", markdown_table(Table("demo", header, tuple(rows))))
 
 
 def speed(options: Sequence[str]) -> None:
@@ -89,8 +92,8 @@ def speed_table(found: dict[str, list[dict[str, Any]]]) -> str:
             theirs = f" ({stock['peak_mib']:.0f})" if stock and has_stock else ""
             against = (f"{_median(ours) / _median(of[c]):.2g}" for c in ("cp", "cp+sync"))
             rows.append((label + where, faster, *against, f"{ours['peak_mib']:.0f} MiB{theirs}"))
-    columns = ("", "faster than convert_hf_to_gguf.py", "time against cp", "against cp and sync", "peak memory (theirs)")  # fmt: skip
-    return table(columns, rows)
+    header = ("", "faster than convert_hf_to_gguf.py", "time against cp", "against cp and sync", "peak memory (theirs)")  # fmt: skip
+    return markdown_table(Table("speed", header, tuple(rows)))
 
 
 def _median(measurement: dict[str, Any]) -> float:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from readme import README, has_block, table, write_block  # noqa: E402
-from update_readme import PARTS  # noqa: E402
+from longrope_export.evaluate.results import Table, markdown_table
+from scripts.readme import README, has_block, write_block
+from scripts.update_readme import PARTS
 
 
 def test_a_block_is_replaced_and_the_rest_is_kept(tmp_path: Path) -> None:
@@ -43,4 +40,5 @@ def test_the_readme_has_its_blocks_and_they_are_not_empty(name: str) -> None:
 
 
 def test_a_table_is_markdown() -> None:
-    assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    table = Table("title", ("a", "b"), (("1", "2"),))
+    assert markdown_table(table) == "| a | b |\n|---|---:|\n| 1 | 2 |\n"

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+from scripts.update_readme import speed_table
 
-from update_readme import speed_table  # noqa: E402
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmark empties Linux' page cache")
