@@ -18,12 +18,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from llama_cpp import Driver, bake
+from llama_cpp import BATCH, F16_CACHE, Driver, bake
 
 from longrope_export.demo.material import fetch_smollm2
 from longrope_export.llama_cpp.binaries import require_binary
-
-BATCH = 2048
 
 
 def tokenize(model: Path, text: str, count: int) -> list[int]:
@@ -38,11 +36,17 @@ def tokenize(model: Path, text: str, count: int) -> list[int]:
 
 
 def score(
-    driver: Driver, folder: Path, model: Path, ids: list[int], rule: str | None, scratch: Path
+    driver: Driver,
+    folder: Path,
+    model: Path,
+    ids: list[int],
+    rule: str | None,
+    scratch: Path,
+    threads: int,
 ) -> list[float]:
     """-ln p of ids[1:], each given all before it."""
     length = len(ids)
-    lines = [f"ctx n_ctx={length} n_batch={BATCH} n_ubatch=512 type_k=f16 type_v=f16 fa=1"]
+    lines = [f"ctx n_ctx={length} n_batch={BATCH} n_threads={threads} {F16_CACHE}"]
     if rule:
         lines += [f"switch {rule}", f"length 0 {length}"]
     for first in range(0, length, BATCH):
@@ -65,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     length, window = arguments.length, 8192
@@ -88,7 +93,7 @@ def main() -> None:
             "causal, a tier every 2k, strength 0.6": (driver.patched, fine, "causal"),
         }
         for name, (libraries, model, rule) in variants.items():
-            losses = score(driver, libraries, model, ids, rule, scratch)
+            losses = score(driver, libraries, model, ids, rule, scratch, arguments.threads)
             results[name] = losses
             stretches = [
                 math.exp(float(np.mean(losses[a : min(b, length - 1)])))

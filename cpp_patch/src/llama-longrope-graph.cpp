@@ -215,15 +215,48 @@ static std::vector<float> difference(const llama_longrope_tier & from,
     return result;
 }
 
+static bool on_cpu(const ggml_tensor * tensor) {
+    const auto dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(tensor->buffer));
+    return !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 bool llama_kv_cache::longrope_compute(llama_context & lctx, uint32_t strm, const longrope_rotation & work) const {
-    constexpr size_t max_bytes = 16u << 20;  // of one layer's rows in F32; the graph holds at most three copies
+    constexpr size_t max_bytes = 8u << 20;  // of the rows of one group in F32; the graph holds at most three copies
 
     const auto & cparams  = lctx.get_cparams();
     const auto & longrope = *cparams.longrope->model;
 
-    size_t row_bytes = 1;
+    // a CPU spends most of a rope on cos and sin of the positions, which are the same in every layer:
+    // there, the keys of all layers with the same rotation are roped side by side, as if they were heads
+    const auto alike = [&](uint32_t a, uint32_t b) {
+        return longrope.layers[a] == longrope.layers[b] && hparams.n_embd_head_k(a) == hparams.n_embd_head_k(b) &&
+               hparams.n_rot(a) == hparams.n_rot(b) &&
+               model.get_rope_freq_base(cparams, a) == model.get_rope_freq_base(cparams, b) &&
+               model.get_rope_freq_scale(cparams, a) == model.get_rope_freq_scale(cparams, b);
+    };
+    std::vector<std::vector<const kv_layer *>> groups;
     for (const auto & layer : layers) {
-        row_bytes = std::max(row_bytes, hparams.n_embd_k_gqa(layer.il) * sizeof(float));
+        if (!hparams.has_rope(layer.il) || (!longrope.layers[layer.il] && work.shift.empty())) {
+            continue;
+        }
+        const auto joins = [&](const auto & group) {
+            return on_cpu(layer.k) && on_cpu(group[0]->k) && alike(layer.il, group[0]->il);
+        };
+        const auto it = std::find_if(groups.begin(), groups.end(), joins);
+        if (it == groups.end()) {
+            groups.push_back({ &layer });
+        } else {
+            it->push_back(&layer);
+        }
+    }
+
+    size_t row_bytes = 1;
+    for (const auto & group : groups) {
+        size_t bytes = 0;
+        for (const auto * layer : group) {
+            bytes += hparams.n_embd_k_gqa(layer->il) * sizeof(float);
+        }
+        row_bytes = std::max(row_bytes, bytes);
     }
     const size_t n_rows = std::max<size_t>(1, max_bytes / row_bytes);
 
@@ -249,14 +282,17 @@ bool llama_kv_cache::longrope_compute(llama_context & lctx, uint32_t strm, const
 
         std::map<int64_t, std::vector<ggml_tensor *>> factors;  // by head size
 
-        for (const auto & layer : layers) {
-            const uint32_t il = layer.il;
-            if (!hparams.has_rope(il) || (!longrope.layers[il] && !shift)) {
-                continue;
+        for (const auto & group : groups) {
+            const uint32_t il          = group[0]->il;
+            const int64_t  n_embd_head = hparams.n_embd_head_k(il);
+
+            std::vector<ggml_tensor *> caches;
+            std::vector<size_t>        offsets = { 0 };  // in a row, the last one is its size
+            for (const auto * layer : group) {
+                const int64_t n_embd = hparams.n_embd_k_gqa(layer->il);
+                caches.push_back(ggml_reshape_2d(ctx, layer->k, n_embd, (int64_t) get_size() * n_stream));
+                offsets.push_back(offsets.back() + n_embd * sizeof(float));
             }
-            const int64_t n_embd_head = hparams.n_embd_head_k(il);
-            const int64_t n_head_kv   = hparams.n_head_kv(il);
-            const int64_t n_embd      = n_embd_head * n_head_kv;
 
             auto & tensors = factors[n_embd_head];
             if (tensors.empty()) {
@@ -266,13 +302,22 @@ bool llama_kv_cache::longrope_compute(llama_context & lctx, uint32_t strm, const
             }
 
             const auto rope = [&](ggml_tensor * cur, ggml_tensor * p, ggml_tensor * f, float m) {
-                return ::ggml_rope_ext(ctx, cur, p, f, hparams.n_rot(il), hparams.rope_type, cparams.n_ctx_orig_yarn,
-                                       model.get_rope_freq_base(cparams, il), model.get_rope_freq_scale(cparams, il),
-                                       0.0f, m, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+                return ggml_rope_ext_inplace(ctx, cur, p, f, hparams.n_rot(il), hparams.rope_type,
+                                             cparams.n_ctx_orig_yarn, model.get_rope_freq_base(cparams, il),
+                                             model.get_rope_freq_scale(cparams, il), 0.0f, m, cparams.yarn_beta_fast,
+                                             cparams.yarn_beta_slow);
             };
 
-            ggml_tensor * k   = ggml_reshape_2d(ctx, layer.k, n_embd, (int64_t) get_size() * n_stream);
-            ggml_tensor * cur = ggml_reshape_3d(ctx, ggml_get_rows(ctx, k, src), n_embd_head, n_head_kv, n);
+            ggml_tensor * cur = nullptr;
+            if (group.size() == 1) {
+                cur = ggml_get_rows(ctx, caches[0], src);
+            } else {
+                cur = new_input(ctx, GGML_TYPE_F32, offsets.back() / sizeof(float), n);
+                for (size_t k = 0; k < group.size(); ++k) {
+                    cur = ggml_set_2d_inplace(ctx, cur, ggml_get_rows(ctx, caches[k], src), offsets.back(), offsets[k]);
+                }
+            }
+            cur = ggml_reshape_3d(ctx, cur, n_embd_head, offsets.back() / sizeof(float) / n_embd_head, n);
             if (rot) {
                 cur = llama_mul_mat_hadamard(ctx, cur, rot);
             }
@@ -286,7 +331,10 @@ bool llama_kv_cache::longrope_compute(llama_context & lctx, uint32_t strm, const
             if (rot) {
                 cur = llama_mul_mat_hadamard(ctx, cur, rot);
             }
-            ggml_build_forward_expand(gf, ggml_set_rows(ctx, k, ggml_reshape_2d(ctx, cur, n_embd, n), dst));
+            for (size_t k = 0; k < group.size(); ++k) {
+                ggml_tensor * rows = ggml_view_2d(ctx, cur, caches[k]->ne[0], n, offsets.back(), offsets[k]);
+                ggml_build_forward_expand(gf, ggml_set_rows(ctx, caches[k], rows, dst));
+            }
         }
         if (ggml_graph_n_nodes(gf) == 0) {
             return true;
