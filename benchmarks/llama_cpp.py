@@ -26,9 +26,11 @@ from longrope_export.llama_cpp.driver import require_driver
 from longrope_export.llama_cpp.options import BuildOptions
 from longrope_export.models.model import load_model
 
-F16_CACHE = "n_ubatch=512 type_k=f16 type_v=f16 fa=1"
+UBATCH = 512
+F16_CACHE = "type_k=f16 type_v=f16 fa=1"
 PROMPT = 512
 BATCH = 2048
+FINE = 164  # tokens between the borders of a ladder of 151 tiers
 
 
 class Driver:
@@ -40,15 +42,23 @@ class Driver:
         self.stock = require_binaries(programs, BuildOptions(patched=False), build=True)
         self.program = require_driver(self.patched)
 
-    def start(self, libraries: Path, model: Path, context: int, threads: int) -> Session:
-        return Session(self.program, libraries, model, context, threads)
+    def start(
+        self, libraries: Path, model: Path, context: int, threads: int, ubatch: int = UBATCH
+    ) -> Session:
+        return Session(self.program, libraries, model, context, threads, ubatch)
 
 
 class Session:
     """A running driver that waits for the next batch, so that several models can take turns."""
 
     def __init__(
-        self, program: Path, libraries: Path, model: Path, context: int, threads: int
+        self,
+        program: Path,
+        libraries: Path,
+        model: Path,
+        context: int,
+        threads: int,
+        ubatch: int,
     ) -> None:
         self.process = subprocess.Popen(
             [program, model, "/dev/null"],
@@ -58,7 +68,8 @@ class Session:
             env={"LD_LIBRARY_PATH": str(libraries)},
             text=True,
         )
-        self._write(f"ctx n_ctx={context} n_batch={context} n_threads={threads} {F16_CACHE}")
+        sizes = f"n_ctx={context} n_batch={context} n_ubatch={ubatch} n_threads={threads}"
+        self._write(f"ctx {sizes} {F16_CACHE}")
 
     def decode(self, position: int, count: int = 1) -> float:
         """Seconds of one batch of `count` tokens at `position`."""
@@ -148,7 +159,7 @@ def main() -> None:
         scratch = Path(folder)
         driver = Driver()
         three = bake(model, scratch / "three.gguf", "8192,16384,32768", 64)
-        many = bake(model, scratch / "many.gguf", "every:164")
+        many = bake(model, scratch / "many.gguf", f"every:{FINE}")
         count = len(load_model(many).native.tiers)
         runs = {
             "stock": (driver.stock, model),
@@ -189,20 +200,29 @@ def main() -> None:
 def long_prefills(
     console: Console, driver: Driver, three: Path, many: Path, arguments: argparse.Namespace
 ) -> None:
-    """What all crossings of a long prompt cost, against one tier for all of it; in turns."""
+    """What all crossings of a long prompt cost, against one tier for all of it; in turns.
+
+    Borders cut the prompt into small calls, which costs by itself: one tier runs in such calls too.
+    """
     length = arguments.long
     one = bake(fetch_smollm2(), three.with_name("one.gguf"), None)
+    cut = f"one tier, {FINE} tokens a call"
     count = len(load_model(many).native.tiers)
-    files = {"one tier": one, "3 tiers": three, f"{count} tiers": many}
-    sessions = {
-        name: driver.start(driver.patched, file, length, arguments.threads)
-        for name, file in files.items()
+    runs = {
+        "one tier": (one, UBATCH),
+        "3 tiers": (three, UBATCH),
+        cut: (one, FINE),
+        f"{count} tiers": (many, UBATCH),
     }
-    batches: dict[str, list[float]] = {name: [] for name in files}
+    sessions = {
+        name: driver.start(driver.patched, file, length, arguments.threads, ubatch)
+        for name, (file, ubatch) in runs.items()
+    }
+    batches: dict[str, list[float]] = {name: [] for name in runs}
     for position in range(0, length, BATCH):
         for name, session in sessions.items():
             batches[name].append(session.decode(position, min(BATCH, length - position)))
-    table = Table("what", "seconds", "ratio", title=f"prefill of {length} tokens")
+    table = Table("what", "seconds", "to one tier", title=f"prefill of {length} tokens")
     for name, seconds in batches.items():
         sessions[name].close()
         more = sum(seconds) / sum(batches["one tier"]) - 1

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from llama_cpp import BATCH, F16_CACHE, Driver, bake
+from llama_cpp import BATCH, F16_CACHE, UBATCH, Driver, bake
 
 from longrope_export.demo.material import fetch_smollm2
 from longrope_export.llama_cpp.binaries import require_binary
@@ -46,7 +46,8 @@ def score(
 ) -> list[float]:
     """-ln p of ids[1:], each given all before it."""
     length = len(ids)
-    lines = [f"ctx n_ctx={length} n_batch={BATCH} n_threads={threads} {F16_CACHE}"]
+    sizes = f"n_ctx={length} n_batch={BATCH} n_ubatch={UBATCH} n_threads={threads}"
+    lines = [f"ctx {sizes} {F16_CACHE}"]
     if rule:
         lines += [f"switch {rule}", f"length 0 {length}"]
     for first in range(0, length, BATCH):

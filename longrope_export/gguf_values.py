@@ -122,7 +122,7 @@ def make_key_value(key: str, value_type: ValueType, value: Any) -> KeyValue:
     """
     try:
         return KeyValue(key, value_type, _encode_scalar(value_type, value))
-    except (struct.error, OverflowError, ValueError, TypeError) as error:
+    except (struct.error, OverflowError, ValueError, TypeError, AttributeError) as error:
         raise GgufError(f"key {key}: {value!r} does not fit {value_type.name}: {error}") from error
 
 

@@ -26,6 +26,8 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
     """
     if output.is_dir():
         raise OutputError(f"output {output} is a folder: give the name of a file")
+    if output.exists() and not output.is_file():
+        raise OutputError(f"output {output} is a device or a pipe: give the name of a file")
     parent = output.parent
     if not parent.is_dir():
         raise OutputError(
@@ -63,7 +65,8 @@ def replace_when_done(output: Path) -> Iterator[Path]:
         temporary.replace(output)
         _fsync_folder(output.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name that is too long cannot be removed either
+            temporary.unlink(missing_ok=True)
         raise _output_error(output, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -58,6 +58,12 @@ class LazyGroup(click.Group):
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output has left: nothing more to say
             ctx.exit(0)
+        except OSError as error:  # a file that is not ours to read, a program that does not start
+            if ctx.params.get("verbose"):
+                logging.getLogger("longrope_export").exception("where it went wrong:")
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"Error: {where}{error.strerror or error}", err=True)
+            ctx.exit(2)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

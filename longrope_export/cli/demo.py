@@ -211,6 +211,7 @@ def _print_result(
     hint: str,
 ) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -227,9 +228,9 @@ def _print_result(
     console.print(table)
     if hint:
         console.print(f"[yellow]{hint}[/yellow]", highlight=False)
-    console.print(f"[bold]It writes:[/bold] {generated}", markup=True, highlight=False)
+    console.print(f"[bold]It writes:[/bold] {escape(generated)}", highlight=False)
     console.print(
-        f"\n{model} is ready ({seconds:.0f} s in all). Next:\n"
+        f"\n{escape(str(model))} is ready ({seconds:.0f} s in all). Next:\n"
         f"  longrope-export inspect {model}\n"
         f"  longrope-export llama-cpp run llama-server -m {model} -c {target_length}\n"
         f"  longrope-export factors yarn YOUR-MODEL --target-length N -o f.json\n"

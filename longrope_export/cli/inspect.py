@@ -140,7 +140,7 @@ def _print_tables(config: LongRopeConfig, model: Model | None, *, show_plot: boo
 def _print_geometry(console: Console, model: Model) -> None:
     from rich.table import Table
 
-    console.print(f"[bold]{model.path}[/bold]", soft_wrap=True)
+    console.print(str(model.path), style="bold", markup=False, soft_wrap=True)
     table = Table(show_header=False)
     values = _geometry(model) or {}
     for name, value in values.items():

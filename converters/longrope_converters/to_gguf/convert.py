@@ -17,14 +17,14 @@ from longrope_converters.base import ExportReport, Progress
 from longrope_converters.to_gguf.bake import apply_edit
 from longrope_converters.to_gguf.in_place import bake_in_place
 from longrope_converters.to_gguf.longrope import edit_for
-from longrope_converters.to_gguf.shards import bake_split, read_shards, shard_outputs
+from longrope_converters.to_gguf.notes import make_notes
+from longrope_converters.to_gguf.shards import bake_split, is_own_link, read_shards, shard_outputs
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import UnsupportedError
 from longrope_export.gguf_format import GgufHeader, read_header
-from longrope_export.gguf_keys import LLAMA3_TENSOR, has_stock_fields
-from longrope_export.honours import Verdict, honours
+from longrope_export.honours import honours
 from longrope_export.models.hf_config import read_hf_config
-from longrope_export.models.model import Model, ModelKind, header_of
+from longrope_export.models.model import Model, ModelKind, check_fits, header_of, load_model
 from longrope_export.outputs import check_output, replace_when_done
 
 if TYPE_CHECKING:
@@ -167,7 +167,10 @@ class GgufConverter:
     def _check_outputs(self, model: Model, shards: Sequence[GgufHeader], output: Path) -> None:
         inputs = [shard.path for shard in shards] or sorted(model.path.iterdir())
         is_split = len(shards) > 1 and self._quantized_type(model) is None
-        for path in shard_outputs(output, len(shards)) if is_split else (output,):
+        outputs = shard_outputs(output, len(shards)) if is_split else (output,)
+        for number, path in enumerate(outputs):
+            if number and self.options.force and is_own_link(path, shards[number]):
+                continue
             check_output(path, [*inputs, *self.options.other_inputs], force=self.options.force)
 
     def _plan(self, model: Model, config: LongRopeConfig | None, outtype: str | None) -> GgufPlan:
@@ -241,6 +244,7 @@ class GgufConverter:
                     plain.replace(temporary)
             else:
                 header = read_header(plain)
+                check_fits(config, load_model(plain), "the factors")
                 bake_split([header], [output], edit_for([header], config), progress)
 
     def _write_quantized(
@@ -280,7 +284,7 @@ class GgufConverter:
             route=route,
             num_bytes=written.stat().st_size,
             config=config,
-            notes=_notes(model, config, shards[0] if shards else read_header(written)),
+            notes=make_notes(model, config, shards[0] if shards else read_header(written)),
             honours={} if config is None else honours(config, model),
         )
 
@@ -296,32 +300,3 @@ def _route(model: Model) -> str:
 
 def _shards(model: Model) -> tuple[GgufHeader, ...]:
     return read_shards(header_of(model)) if model.kind is ModelKind.GGUF else ()
-
-
-def _notes(model: Model, config: LongRopeConfig | None, header: GgufHeader) -> tuple[str, ...]:
-    """What a user of an unpatched llama.cpp has to know."""
-    if config is None:
-        if model.native.provenance.get("method") == "model (dynamic)":
-            return (
-                "the source's dynamic NTK scaling has no place in a GGUF: the file is unscaled; "
-                "make factors with `longrope-export factors dynamic-ntk` and pass --factors",
-            )
-        return ()
-    if not has_stock_fields(header.architecture):
-        own = any(info.name == LLAMA3_TENSOR for info in header.tensors)
-        scaling = f"scaled by its own {LLAMA3_TENSOR} alone" if own else "unscaled"
-        return (
-            f"stock llama.cpp has no factors for architecture {header.architecture!r}: it runs "
-            f"this file as the base model, {scaling}; the keys are for the build of "
-            f"`longrope-export llama-cpp`" + _refused_by_patched(config, model),
-        )
-    cells = honours(config, model)["llama.cpp"]
-    lost = [
-        f"{name}: {cell.note}" for name, cell in cells.items() if cell.verdict is not Verdict.YES
-    ]
-    return tuple(f"stock llama.cpp, {line}" for line in lost)
-
-
-def _refused_by_patched(config: LongRopeConfig, model: Model) -> str:
-    cell = honours(config, model)["llama.cpp, patched"]["last_tier"]
-    return "" if cell.verdict is Verdict.YES else f", which so far {cell.note}"

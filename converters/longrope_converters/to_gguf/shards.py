@@ -96,6 +96,13 @@ def bake_split(
                 shutil.copyfile(shard.path, temporary)
 
 
+def is_own_link(output: Path, shard: GgufHeader) -> bool:
+    """Whether an output is the hard link that an earlier `bake_split` made of this shard."""
+    return (
+        output.exists() and output.samefile(shard.path) and output.resolve() != shard.path.resolve()
+    )
+
+
 def _names(prefix: str, beside: Path, count: int) -> tuple[Path, ...]:
     return tuple(
         beside.with_name(f"{prefix}-{number:05d}-of-{count:05d}.gguf")
