@@ -83,7 +83,8 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ConfigError(f"text {path}: no such file or folder")
     suffixes = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
-    files = [file for file in sorted(path.rglob("*")) if file.suffix in suffixes]
+    found = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes)
+    files = [file for file in found if file.is_file()]
     if not files:
         raise ConfigError(
             f"text {path}: no text in this folder; expected files that end in {', '.join(suffixes)}"
@@ -95,9 +96,9 @@ def _read(found: Sequence[str | Path]) -> Iterator[Work]:
     for source in found:
         if isinstance(source, str):
             yield from _from_dataset(source.removeprefix(DATASET))
-        elif source.suffix == ".parquet":
+        elif source.suffix.lower() == ".parquet":
             yield from _from_parquet(source)
-        elif source.suffix == ".jsonl":
+        elif source.suffix.lower() == ".jsonl":
             yield from _from_jsonl(source)
         else:
             try:

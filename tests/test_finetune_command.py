@@ -165,6 +165,7 @@ def test_the_command_killed_at_any_moment_goes_on_to_the_same_losses(
         (["--recipe", "smal"], "no such file, and none of"),
         (["--validation-text", "missing.txt"], "no such file"),
         (["--layout", "mixed", "--rule", "frozen", "--short-share", "2"], "short_share"),
+        (["--layout", "pose", "--rule", "sequence"], "give --rule causal"),
         (["--short-share", "0.5"], "--short-share belongs to --layout mixed"),
         (["--tokens", "16"], "--tokens belongs to --layout pose"),
         (["--retrieval-share", "1"], "--retrieval-share belongs to --layout pose or long"),

@@ -37,6 +37,16 @@ def test_three_sets_of_different_works() -> None:
     assert all(len(document.ids) == 100 for document in split.all)
 
 
+def test_a_work_that_is_given_twice_counts_once() -> None:
+    given = works(1000, 1000, 1000)
+    copies = [(f"copy of {name}", ids) for name, ids in given]
+    split = split_documents([*given, *copies], 100, (5, 3, 4), np.random.default_rng(0))
+    assert split.held_out.endswith("; 3 work(s) given twice, used once")
+    assert not sources(split.search) & sources(split.test)
+    same = split_documents([given[0]] * 3, 100, (2, 2, 2), np.random.default_rng(0))
+    assert "different places of the same work; 2 work(s) given twice" in same.held_out
+
+
 def test_windows_of_one_work_do_not_overlap_and_begin_with_the_start_ids() -> None:
     split = split_documents(works(1000), 100, (3, 2, 2), np.random.default_rng(0), start=(7,))
     assert "different places of the same work" in split.held_out
@@ -72,11 +82,14 @@ def test_files_folders_and_jsonl_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("ay")
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     (tmp_path / "ignored.bin").write_bytes(b"\xff\xfe")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "d.TXT").write_text("dee")
     assert read_texts([str(tmp_path)]) == [
         ("a", "ay"),
         ("b", "bee"),
         ("c line 1", "one"),
         ("c line 3", "two"),
+        ("d", "dee"),
     ]
     assert tokenize([("a", "ay")], lambda text: [ord(c) for c in text]) == [("a", [97, 121])]
 

@@ -181,6 +181,12 @@ def check_recipe(recipe: Recipe, config: LongRopeConfig) -> None:
             f"recipe {recipe.name}: rule {recipe.rule} trains under several tiers, the factors "
             f"have one: give --ladder to `factors`, or --rule frozen"
         )
+    if recipe.layout == "pose" and recipe.rule is Rule.SEQUENCE:
+        raise ConfigError(
+            f"recipe {recipe.name}: the two halves of a row of layout pose stand at the positions of a "
+            f"long text, and rule sequence would read them as texts of their own: give --rule causal "
+            f"or frozen"
+        )
     if recipe.layout == "mixed" and recipe.rule is Rule.SEQUENCE and not config.tiers[0].is_plain:
         raise ConfigError(
             f"recipe {recipe.name}: short documents keep the original RoPE, but the first tier (up to "

@@ -102,9 +102,8 @@ def measure(
         evaluator = Evaluator(
             workers, log, observe=lambda p: say(f"{p.evaluations} of {passes} passes")
         )
-        return measure_rules(
-            evaluator, config, list(range(count)), list(range(count, len(documents)))
-        )
+        needles = list(range(count, len(documents)))
+        return measure_rules(evaluator, config, list(range(count)), needles, validation.length)
     finally:
         workers.close()
         log.close()

@@ -184,7 +184,7 @@ def _finetunes(inputs: ReportInputs) -> Iterator[Html]:
         rows = list(finetune_tables.rule_rows(run.result))
         if rows:
             yield table(finetune_tables.HEADER, rows)
-            yield element("p", f"On text that was not trained on; written: {run.result['switch']}.")
+            yield element("p", f"On the validation text; written: {run.result['switch']}.")
 
 
 def _tables(inputs: ReportInputs, title: str) -> Iterator[Html]:

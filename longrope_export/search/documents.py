@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ def split_documents(
 ) -> Split:
     """Windows of `length` tokens for search, validation and test.
 
-    With three works or more that are long enough, each set has its own works. With less, the sets
+    A work that is given twice counts once. With three works or more that are long enough, each set has its own works. With less, the sets
     are different places of the same works, or, where there are fewer than three windows, the same
     ones; Split.held_out says so.
 
@@ -64,6 +65,10 @@ def split_documents(
         ConfigError: no work has `length` tokens.
     """
     body = length - len(start)
+    given, works = len(works), _distinct(works)
+    repeated = (
+        f"; {given - len(works)} work(s) given twice, used once" if len(works) < given else ""
+    )
     shuffled = [works[int(index)] for index in rng.permutation(len(works))]
     windows = [w for w in (windows_of(*work, body, start) for work in shuffled) if w]
     if not windows:
@@ -73,7 +78,8 @@ def split_documents(
             f"{body}: give longer texts, or a shorter --target-length"
         )
     if len(windows) >= 3:
-        return Split(*_by_work(windows, counts))
+        search, validation, test, words = _by_work(windows, counts)
+        return Split(search, validation, test, words + repeated)
     flat = [window for work in windows for window in work]
     if len(flat) >= 3:
         last = max(1, min(counts[2], len(flat) // 4))
@@ -83,9 +89,20 @@ def split_documents(
             f"different places of the same work"
         )
         rest = tuple(flat[: len(flat) - middle - last])[: counts[0]]
-        return Split(rest, tuple(flat[-middle - last : -last]), tuple(flat[-last:]), note)
+        return Split(
+            rest, tuple(flat[-middle - last : -last]), tuple(flat[-last:]), note + repeated
+        )
     note = f"only {len(flat)} window(s) of {length} tokens: nothing is held out"
-    return Split(tuple(flat), tuple(flat), tuple(flat), note)
+    return Split(tuple(flat), tuple(flat), tuple(flat), note + repeated)
+
+
+def _distinct(works: Sequence[tuple[str, Sequence[int]]]) -> list[tuple[str, Sequence[int]]]:
+    """The works without those whose tokens came before: a copy would stand in two of the sets."""
+    found: dict[bytes, tuple[str, Sequence[int]]] = {}
+    for name, ids in works:
+        digest = hashlib.sha256(np.asarray(ids, np.int64).tobytes()).digest()
+        found.setdefault(digest, (name, ids))
+    return list(found.values())
 
 
 def _by_work(

@@ -107,11 +107,16 @@ def measure_rules(
     config: LongRopeConfig,
     documents: Sequence[int],
     needles: Sequence[int],
+    length: int | None = None,
 ) -> list[RuleRow]:
-    """Both rules on documents and on several-key needles; of one tier there is one rule."""
+    """Both rules on documents and on several-key needles; of one tier there is one rule.
+
+    Args:
+        length: tokens of each document and needle text; None for the config's last length.
+    """
     rows = []
     for switch in SwitchPolicy if len(config.tiers) > 1 else (config.switch,):
-        under = _computed(replace(config, switch=switch))
+        under = _computed(replace(config, switch=switch), length)
         scores = evaluator.scores([Job(under, document) for document in documents])
         found = evaluator.scores([Job(under, document) for document in needles])
         tokens = sum(sum(score.counts) for score in found)
@@ -140,11 +145,12 @@ def better_rule(rows: Sequence[RuleRow]) -> SwitchPolicy:
     return first.switch if first.needle_loss < second.needle_loss else second.switch
 
 
-def _computed(config: LongRopeConfig) -> LongRopeConfig:
-    """What computes a document of the target length: under `sequence`, the last tier alone."""
+def _computed(config: LongRopeConfig, length: int | None = None) -> LongRopeConfig:
+    """What computes a document: under `sequence`, the one tier of its length (None: the last)."""
     if config.switch is SwitchPolicy.CAUSAL:
         return config
-    return single_tier(config)(config.tiers[-1])
+    tier = config.tiers[-1] if length is None else config.select_tier(length)
+    return single_tier(config)(tier)
 
 
 def _stretches(scores: Sequence[Score]) -> tuple[float, ...]:

@@ -66,11 +66,12 @@ class RecoveryRun(Run):
             tiers.append(tier)
             results.append(result)
         native = self.model.native
+        own_rule = native.switch if len(native.tiers) > 1 else SwitchPolicy.SEQUENCE
         kept = [tier for tier in native.tiers if tier.max_length not in self.options.recover]
         config = replace(
             native,
             tiers=tuple(sorted((*tiers, *kept), key=lambda tier: tier.max_length)),
-            switch=self.options.switch or SwitchPolicy.SEQUENCE,
+            switch=self.options.switch or own_rule,
         )
         last = results[-1]
         shown = {
