@@ -16,7 +16,7 @@ from longrope_export.gguf_format import read_header
 from longrope_export.gguf_values import make_array, make_key_value
 from longrope_export.ladder import make_config
 from longrope_export.models.model import find_model, load_model
-from longrope_export.models.native import native_of_gguf
+from longrope_export.models.native_gguf import native_of_gguf
 
 WriteConfig = Callable[..., Path]
 
