@@ -69,8 +69,8 @@ def yarn_factors(
     _check_ratio(ratio)
     if not LARGEST >= beta_fast > beta_slow >= SMALLEST:
         raise ConfigError(
-            f"yarn: beta_fast must be above beta_slow, both {SMALLEST:g} to {LARGEST:g}, "
-            f"got {beta_fast:g} and {beta_slow:g}"
+            f"yarn: beta_fast {beta_fast:g} must be above beta_slow {beta_slow:g}, "
+            f"both {SMALLEST:g} to {LARGEST:g}"
         )
     pairs = len(inv_freq)
     if ramp == "paper":
