@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
+from longrope_export.config import MAX_LENGTH, FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.definition import FORMAT, VERSION, dump_factors, from_json, to_json
 from longrope_export.errors import ConfigError, FactorFileError, LongRopeError
 from longrope_export.gguf_format import MAGIC, read_header
@@ -20,14 +20,18 @@ from longrope_export.models.hf_config import (
     HfConfig,
     architecture_names,
     read_json_object,
-    rope_block,
+    with_text_config,
 )
+from longrope_export.models.hf_rope import rope_block
 from longrope_export.models.model import Model, check_fits
-from longrope_export.models.native import native_of_gguf, native_of_hf
+from longrope_export.models.native import declared_by_hf, native_of_hf
+from longrope_export.models.native_gguf import native_of_gguf
 from longrope_export.onnx_metadata import is_onnx, read_config
 from longrope_export.outputs import write_text
 
 MAX_FILE_BYTES = 256 << 20
+# each of them tells a rope block that stands alone from a config.json
+_BARE_BLOCK_KEYS = frozenset({"short_factor", "rope_type", "type", "full_attention"})
 
 __all__ = [
     "FORMAT",
@@ -89,7 +93,8 @@ def read_csv_ladder(
     """microsoft/LongRoPE CSV files, one per tier length, as one config.
 
     The files hold no attention factor; the authors' code uses the longrope formula for the ratio
-    of the tier's length to the trained window.
+    of the tier's length to the window. As in the closed forms, that is the model's own window,
+    whatever scaling reaches it.
 
     Args:
         files: tier length in tokens (inclusive) -> CSV file.
@@ -98,7 +103,7 @@ def read_csv_ladder(
     Raises:
         FactorFileError: naming file and row.
     """
-    window = model.native.original_max_position_embeddings
+    window = model.window
     pairs = model.native.num_pairs
     tiers = []
     for length, path in sorted(files.items()):
@@ -113,6 +118,7 @@ def read_csv_ladder(
             max_position_embeddings=tiers[-1].max_length,
             tiers=tuple(tiers),
             switch=switch,
+            logit_scaling=model.native.logit_scaling,
             layers=model.native.layers,
             provenance={
                 "method": "csv",
@@ -208,10 +214,8 @@ def _read_json(path: Path, model: Model | None) -> LongRopeConfig:
     values = read_json_object(path)
     if values.get("format") == FORMAT:
         return from_json(values, str(path))
-    text = values.get("text_config")
-    if isinstance(text, dict):
-        values = {**values, **text}
-    if "short_factor" in values or "rope_type" in values or "type" in values:
+    values = with_text_config(values)
+    if not _BARE_BLOCK_KEYS.isdisjoint(values):
         values = {"rope_scaling": values}
     if not rope_block(values):
         raise FactorFileError(
@@ -223,37 +227,53 @@ def _read_json(path: Path, model: Model | None) -> LongRopeConfig:
 
 def _read_hf_block(path: Path, values: dict[str, Any], model: Model | None) -> LongRopeConfig:
     """transformers' spelling; what a bare block leaves out is taken from the model."""
-    if "hidden_size" not in values and "head_dim" not in values and "text_config" not in values:
+    if {"hidden_size", "head_dim", "text_config"}.isdisjoint(values):
         if model is None:
             raise FactorFileError(
                 f"{path}: a bare rope block leaves out theta and head size: name the model too"
             )
-        block = rope_block(values)
-        values = {
-            "rope_theta": model.native.rope_theta,
-            "head_dim": model.head_dim,
-            "partial_rotary_factor": model.native.rotary_dim / model.head_dim,
-            "num_hidden_layers": model.num_layers,
-            "max_position_embeddings": _block_target(path, block, model),
-            "original_max_position_embeddings": block.get(
-                "original_max_position_embeddings", model.window
-            ),
-            "rope_scaling": block,
-        }
-    family = family_of_hf(values.get("model_type"), architecture_names(values, path))
-    config = native_of_hf(HfConfig(path.parent, family, values))
+        config = _read_bare_block(path, rope_block(values), model)
+    else:
+        family = family_of_hf(values.get("model_type"), architecture_names(values, path))
+        config = native_of_hf(HfConfig(path.parent, family, values, path.name))
     return replace(config, provenance={"method": "file", "file": path.name})
 
 
-def _block_target(path: Path, block: Mapping[str, Any], model: Model) -> int:
+def _read_bare_block(path: Path, block: Mapping[str, Any], model: Model) -> LongRopeConfig:
+    native = model.native
+    values = {
+        "rope_theta": native.rope_theta,
+        "head_dim": model.head_dim,
+        "rotary_dim": native.rotary_dim,
+        "max_position_embeddings": _declared_length(path, block, model),
+        "original_max_position_embeddings": block.get("original_max_position_embeddings")
+        or model.window,
+        "rope_scaling": block,
+    }
+    config = declared_by_hf(HfConfig(path.parent, family_of_hf(None, []), values, path.name))
+    return replace(config, layers=native.layers, logit_scaling=native.logit_scaling)
+
+
+def _declared_length(path: Path, block: Mapping[str, Any], model: Model) -> int:
+    """max_position_embeddings of a config.json with this block: "dynamic" starts from the window."""
     factor = block.get("factor")
-    window = block.get("original_max_position_embeddings", model.window)
-    if isinstance(factor, int | float) and isinstance(window, int) and factor > 1:
-        return round(window * factor)
-    raise FactorFileError(
-        f"{path}: a bare rope block without `factor` does not say the target length: add "
-        f'"factor": target / window, or use the whole config.json'
-    )
+    window = block.get("original_max_position_embeddings") or model.window
+    if factor is None:
+        raise FactorFileError(
+            f"{path}: a bare rope block without `factor` does not say the target length: add "
+            f'"factor": target / window, or use the whole config.json'
+        )
+    if not isinstance(factor, int | float) or not 1 < factor <= MAX_LENGTH:
+        raise FactorFileError(
+            f"{path}: the `factor` of a bare rope block must be a finite number above 1 (target / "
+            f"window), got {factor!r:.60}"
+        )
+    if not isinstance(window, int):
+        raise FactorFileError(
+            f"{path}: original_max_position_embeddings must be an integer, got {window!r:.60}"
+        )
+    kind = block.get("rope_type") or block.get("type")
+    return model.window if kind == "dynamic" else round(window * factor)
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

@@ -63,11 +63,15 @@ def yarn_factors(
     - ramp "paper" (eq. 18): gamma = clip((r_i - beta_slow) / (beta_fast - beta_slow), 0, 1).
 
     Raises:
-        ConfigError: beta_fast is not above beta_slow, or the ramp is unknown.
+        ConfigError: beta_fast is not above beta_slow, one of them is out of the range of factors,
+            or the ramp is unknown.
     """
     _check_ratio(ratio)
-    if not beta_fast > beta_slow > 0:
-        raise ConfigError(f"yarn: beta_fast {beta_fast} must be above beta_slow {beta_slow} > 0")
+    if not LARGEST >= beta_fast > beta_slow >= SMALLEST:
+        raise ConfigError(
+            f"yarn: beta_fast {beta_fast:g} must be above beta_slow {beta_slow:g}, "
+            f"both {SMALLEST:g} to {LARGEST:g}"
+        )
     pairs = len(inv_freq)
     if ramp == "paper":
         turns = window * inv_freq / (2 * math.pi)

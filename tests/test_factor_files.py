@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from gguf_files import gguf_keys, write_gguf_file
 
 from longrope_export.config import LogitScaling, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import FactorFileError
@@ -27,6 +29,7 @@ WriteConfig = Callable[..., Path]
 SCHEMA_FILE = Path(__file__).parent.parent / "docs" / "longrope-factors.schema.json"
 # head_dim 16: eight pairs
 LONG = [1.0, 1.1, 1.5, 2.0, 4.0, 8.0, 16.0, 20.5]
+FILE = {"method": "file"}
 SHORT = [1.0, 1.0, 1.0, 1.0, 1.25, 1.5, 1.5, 2.0]
 
 
@@ -142,6 +145,94 @@ def test_bare_block_takes_the_rest_from_the_model(tmp_path: Path, model: Model) 
         read_factors(path, model)
 
 
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 16}
+NESTED = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("block", "same"),
+    [
+        ({"type": "dynamic", "factor": 4.0}, {"max_position_embeddings": 256}),
+        ({"type": "yarn", "factor": 4.0}, {"original_max_position_embeddings": 256}),
+        ({"type": "linear", "factor": 4.0}, {}),
+        ({"rope_parameters": {"type": "linear", "factor": 4.0}}, {}),
+        (NESTED, {}),
+        ({"rope_parameters": NESTED}, {}),
+    ],
+)
+@pytest.mark.parametrize("changes", [{}, {**GEMMA3, "num_hidden_layers": 12}])
+def test_bare_block_means_the_same_as_within_config_json(
+    block: dict[str, Any], same: dict[str, Any], changes: dict[str, Any], hf_config: WriteConfig
+) -> None:
+    plain = load_model(hf_config("plain", **changes))
+    inner = block.get("rope_parameters", block)
+    same = {"max_position_embeddings": 1024, **same}
+    within = read_factors(hf_config("within", **changes, **same, rope_scaling=inner), plain)
+    path = plain.path / "block.json"
+    path.write_text(json.dumps(block))
+    assert read_factors(path, plain) == replace(within, provenance={**FILE, "file": "block.json"})
+    assert within.layers == ((5, 11) if changes else None)
+    assert within.tiers[-1].max_length == 1024
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"type": "yarn", "factor": float("nan")}, "finite number above 1.*got nan"),
+        ({"type": "linear", "factor": float("inf")}, "finite number above 1.*got inf"),
+        ({"type": "linear", "factor": "4"}, "finite number above 1.*got '4'"),
+        ({"type": "yarn", "factor": 2.0, "beta_fast": "x"}, "beta_fast must be a number"),
+        (
+            {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": "x"},
+            "original_max_position_embeddings must be an integer",
+        ),
+    ],
+)
+def test_bad_bare_block_names_its_file(
+    block: dict[str, Any], message: str, tmp_path: Path, model: Model
+) -> None:
+    path = tmp_path / "block.json"
+    path.write_text(json.dumps(block))
+    with pytest.raises(FactorFileError, match=message) as error:
+        read_factors(path, model)
+    assert "block.json" in str(error.value)
+
+
+def with_own_factors(model: Model) -> Model:
+    """As entropy-abf leaves it: log scaling, and 1024 tokens by its own factors."""
+    return replace(model, native=make_config(model, "entropy-abf", 1024, ladder="256,1024"))
+
+
+def test_log_scaling_of_the_model_stays(tmp_path: Path, model: Model) -> None:
+    model = with_own_factors(model)
+    (tmp_path / "block.json").write_text(json.dumps({"type": "linear", "factor": 4.0}))
+    table = write_csv(tmp_path / "f.csv", [LONG])
+    for config in (
+        read_csv_ladder({4096: table}, model),
+        read_factors(tmp_path / "block.json", model),
+    ):
+        assert config.logit_scaling == LogitScaling(256, (0, 1))
+
+
+def test_csv_attention_factor_is_that_of_the_closed_forms(
+    tmp_path: Path, hf_config: WriteConfig
+) -> None:
+    """A GGUF of a Llama 3.1 knows its window only, a folder also what came before."""
+    block = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+    folder = load_model(hf_config(rope_scaling=block))
+    values = {"rope_freqs.weight": np.float32(folder.native.tiers[0].rescale_factors)}
+    gguf = load_model(write_gguf_file(tmp_path / "m.gguf", gguf_keys(), values))
+    table = write_csv(tmp_path / "f.csv", [LONG])
+    closed = make_config(folder, "longrope2", 1024)
+    for model in (folder, gguf):
+        config = read_csv_ladder({1024: table}, model)
+        assert config.tiers[0].attention_factor == closed.tiers[0].attention_factor
+        assert config.original_max_position_embeddings == 256
+
+
 @pytest.mark.parametrize(
     ("block", "target", "last"),
     [
@@ -250,6 +341,7 @@ def test_unordered_tiers_and_nan(tmp_path: Path, model: Model) -> None:
         ("[1]", "expected a JSON object, got a list"),
         ("{}", "no factors in it"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"x": ' + "1" * 5000 + "}", "not valid JSON: .*4300 digits"),
     ],
 )
 def test_not_a_factors_file(text: str, message: str, tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ from gguf.constants import GGUFValueType
 from gguf_files import gguf_keys, write_gguf_file
 
 from longrope_export import gguf_keys as keys_module
-from longrope_export.errors import GgufError, ModelError
+from longrope_export.errors import GgufError, ModelError, UnsupportedError
 from longrope_export.gguf_format import read_header
 from longrope_export.gguf_values import make_array, make_key_value
 from longrope_export.ladder import make_config
 from longrope_export.models.model import find_model, load_model
-from longrope_export.models.native import native_of_gguf
+from longrope_export.models.native_gguf import native_of_gguf
+from longrope_export.rope import compute_inv_freq
 
 WriteConfig = Callable[..., Path]
+LONG = [1.0, 2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,147 @@ def test_partial_rotary_and_defaults(hf_config: WriteConfig) -> None:
     )
     model = load_model(folder)
     assert (model.native.rotary_dim, model.native.rope_theta, model.window) == (12, 10000.0, 4096)
+
+
+LATENT = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
+MINICPM3 = {"architectures": ["MiniCPM3ForCausalLM"], "model_type": "minicpm3"}
+
+
+def of_sixteen(kind: str) -> dict[str, Any]:
+    return {"type": kind, "long_factor": [2.0] * 16, "short_factor": [1.0] * 16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "head_dim", "rotary_dim", "theta"),
+    [
+        # head_dim as transformers' classes have it
+        ({**MINICPM3, **LATENT, "rope_scaling": of_sixteen("longrope")}, 32, 32, 1e4),
+        ({**MINICPM3, "rope_scaling": of_sixteen("su")}, 32, 32, 1e4),
+        ({**LATENT, "head_dim": 32}, 32, 32, 1e4),
+        ({**LATENT, "head_dim": 96, "partial_rotary_factor": 1 / 3}, 96, 32, 1e4),
+        ({"head_dim": 512, "qk_rope_head_dim": 64}, 512, 64, 1e4),
+        ({"rope_theta": None, "rotary_pct": 0.25, "rotary_emb_base": 25000}, 16, 4, 25000.0),
+        ({"head_dim": 128, "rotary_dim": 64}, 128, 64, 1e4),
+        ({"head_dim": 128, "rotary_dim": 64, "partial_rotary_factor": 0.5}, 128, 64, 1e4),
+    ],
+)
+def test_rotated_width_and_base_in_every_spelling(
+    changes: dict[str, Any], head_dim: int, rotary_dim: int, theta: float, hf_config: WriteConfig
+) -> None:
+    model = load_model(hf_config(**changes))
+    native = model.native
+    assert (model.head_dim, native.rotary_dim, native.rope_theta) == (head_dim, rotary_dim, theta)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("minicpm3", {}),
+        ("minicpm3", {"head_dim": 64}),
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {"qk_rope_head_dim": 16}),
+        ("mistral4", {"head_dim": 96}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 25000}),
+        ("minimax_m2", {"head_dim": 64, "rotary_dim": 32, "rope_theta": 5e6}),
+    ],
+)
+def test_rotated_width_is_that_of_transformers(
+    model_type: str, sizes: dict[str, Any], hf_config: WriteConfig
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    functions = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
+    sizes = {**LATENT, **sizes} if "rotary" not in str(sizes) else sizes
+    settings = {"num_attention_heads": 4, "hidden_size": 256, "num_hidden_layers": 2, **sizes}
+    if model_type == "mistral4":
+        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1 / 3}
+        settings["rope_parameters"] = rope
+    folder = hf_config(architectures=[], model_type=model_type, **{"rope_theta": None, **settings})
+    theirs = transformers.AutoConfig.for_model(model_type, **settings)
+    theirs.rope_parameters = {**theirs.rope_parameters, "rope_type": "linear", "factor": 1.0}
+    expected, _ = functions["linear"](theirs, "cpu")
+    native = load_model(folder).native
+    ours = compute_inv_freq(native.rope_theta, native.rotary_dim)
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"rotary_dim": 8, "partial_rotary_factor": 1.0}, "16 of 16 .*, and 8 by rotary_dim"),
+        ({"rotary_dim": 0}, "rotary_dim must be a positive integer, got 0"),
+        ({"rotary_emb_base": 25000}, "rope_theta is 10000.0 in the top level and 25000 in rotary_"),
+        ({"rope_scaling": {"type": "yarn", "factor": float("nan")}}, "factor is nan in rope_scal"),
+        (
+            {
+                "rope_theta": None,
+                "rope_scaling": {"rope_theta": 1},
+                "rope_parameters": {"rope_theta": 2},
+            },
+            "rope_theta is 1 in rope_scaling and 2 in rope_parameters",
+        ),
+    ],
+)
+def test_conflicting_rope_settings(
+    block: dict[str, Any], message: str, hf_config: WriteConfig
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_model(hf_config(**block))
+
+
+def test_fixed_alpha_of_hunyuan_is_refused(hf_config: WriteConfig) -> None:
+    block = {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}
+    with pytest.raises(UnsupportedError, match=r"alpha 1000\.0"):
+        load_model(hf_config(rope_scaling=block))
+    assert load_model(hf_config(rope_scaling={**block, "alpha": None})).window == 256
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"rope_type": "yarn", "beta_fast": None, "beta_slow": None, "factor": 4.0},
+        {"rope_type": "yarn", "factor": None},
+        {"rope_type": "default", "rope_theta": None, "factor": None},
+        {"rope_type": "default", "partial_rotary_factor": None},
+        {"rope_type": "longrope", "factor": None, "long_factor": LONG, "short_factor": LONG},
+    ],
+)
+def test_null_means_missing(block: dict[str, Any], hf_config: WriteConfig) -> None:
+    changes = {"partial_rotary_factor": 0.5, "max_position_embeddings": 1024}
+    if block["rope_type"] != "default":
+        block = {**block, "original_max_position_embeddings": 256}
+    said = {key: value for key, value in block.items() if value is not None}
+    if block["rope_type"] == "yarn":
+        said["factor"] = 4.0
+    natives = [load_model(hf_config(**changes, rope_scaling=b)).native for b in (block, said)]
+    assert natives[0] == natives[1]
+    assert natives[0].rotary_dim == 8
+
+
+GEMMA3_WRAPPER = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+GEMMA3_TEXT = {
+    "model_type": "gemma3_text",
+    "hidden_size": 2560,
+    "num_hidden_layers": 34,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {**GEMMA3_WRAPPER, "text_config": GEMMA3_TEXT},  # as published
+        {**GEMMA3_WRAPPER, "text_config": {**GEMMA3_TEXT, "architectures": None}},
+        GEMMA3_TEXT,
+        {"text_config": GEMMA3_TEXT},
+    ],
+)
+def test_gemma3_as_a_wrapper_and_as_text(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model = load_model(tmp_path)
+    assert model.family.name == "gemma3"
+    assert model.native.layers == (5, 11, 17, 23, 29)
+    assert (model.num_heads, model.num_key_value_heads, model.head_dim) == (8, 4, 256)
+    assert model.window == 131072
 
 
 @pytest.mark.parametrize(

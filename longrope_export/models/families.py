@@ -21,6 +21,7 @@ class Family:
         defaults: what transformers' config class assumes for a key that config.json lacks.
         global_layers_only: only the layers with full attention are rescaled (gemma3: the local
             ones have a base of their own).
+        text_model_type: model_type of the text model where a wrapper has `name` itself.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Family:
     gguf_architectures: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     global_layers_only: bool = False
+    text_model_type: str | None = None
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -75,7 +77,12 @@ FAMILIES: tuple[Family, ...] = (
             "dim_model_base": 1,
         },
     ),
-    Family("minicpm3", ("MiniCPM3ForCausalLM",), ("minicpm3",), {"rope_theta": 10000.0}),
+    Family(
+        "minicpm3",
+        ("MiniCPM3ForCausalLM",),
+        ("minicpm3",),
+        {"rope_theta": 10000.0, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32},
+    ),
     Family(
         "granite",
         ("GraniteForCausalLM",),
@@ -121,8 +128,20 @@ FAMILIES: tuple[Family, ...] = (
         "gemma3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         ("gemma3",),
-        {"head_dim": 256, "rope_theta": 1e6},
+        {
+            "head_dim": 256,
+            "rope_theta": 1e6,
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-6,
+        },
         global_layers_only=True,
+        text_model_type="gemma3_text",
     ),
 )
 
@@ -135,7 +154,8 @@ def family_of_hf(model_type: str | None, architectures: list[str]) -> Family:
         if any(name in family.hf_architectures for name in architectures):
             return family
     for family in FAMILIES:
-        if model_type == family.name and not architectures:
+        known = (family.name, family.text_model_type)
+        if model_type is not None and model_type in known and not architectures:
             return family
     return Family(_UNKNOWN, tuple(architectures), ())
 

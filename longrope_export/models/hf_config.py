@@ -10,32 +10,13 @@ from typing import Any
 
 from longrope_export.errors import ModelError, UnsupportedError
 from longrope_export.models.families import Family, family_of_hf
+from longrope_export.models.hf_rope import HfRope as HfRope
+from longrope_export.models.hf_rope import latent_head_dim, read_rope
 
 MAX_CONFIG_BYTES = 64 << 20
-_LEGACY_TYPES = {"su": "longrope"}
 # the second one of old compressed-tensors
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _QUANTIZATION_FILE = "hf_quant_config.json"
-
-
-@dataclass(frozen=True)
-class HfRope:
-    """The RoPE settings of a config.json in one shape, whatever spelling the file uses.
-
-    Attributes:
-        rope_type: "default", "linear", "dynamic", "yarn", "longrope", "llama3", ... ("su" is
-            read as "longrope").
-        rope_theta: base of the geometric series.
-        partial_rotary_factor: rotated share of head_dim, 0 to 1.
-        original_max_position_embeddings: the trained window if the file names one.
-        parameters: the whole block as it stands (rope_parameters or rope_scaling).
-    """
-
-    rope_type: str
-    rope_theta: float
-    partial_rotary_factor: float
-    original_max_position_embeddings: int | None
-    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,10 +26,11 @@ class HfConfig:
     folder: Path
     family: Family
     values: Mapping[str, Any]
+    file_name: str = "config.json"
 
     @property
     def path(self) -> Path:
-        return self.folder / "config.json"
+        return self.folder / self.file_name
 
     @property
     def architecture(self) -> str:
@@ -74,6 +56,9 @@ class HfConfig:
 
     @property
     def head_dim(self) -> int:
+        latent = latent_head_dim(self)
+        if latent is not None:
+            return latent
         explicit = self.get("head_dim")
         if explicit is not None:
             return self.require_int("head_dim")
@@ -93,7 +78,7 @@ class HfConfig:
 
     @property
     def rope(self) -> HfRope:
-        return _read_rope(self)
+        return read_rope(self)
 
     @property
     def quantization(self) -> str:
@@ -134,12 +119,21 @@ def read_hf_config(folder: Path) -> HfConfig:
     Raises:
         ModelError: no such file, not JSON, not an object, absurdly large.
     """
-    values = read_json_object(folder / "config.json")
-    text = values.get("text_config")
-    if isinstance(text, dict):  # gemma3 and other multimodal wrappers keep the text model inside
-        values = {**values, **text}
+    values = with_text_config(read_json_object(folder / "config.json"))
     architectures = architecture_names(values, folder / "config.json")
     return HfConfig(folder, family_of_hf(values.get("model_type"), architectures), values)
+
+
+def with_text_config(values: dict[str, Any]) -> dict[str, Any]:
+    """gemma3 and other multimodal wrappers keep the text model's settings inside: those win.
+
+    A null there stands for the default, which is no reason to forget what the outside says.
+    """
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        return values
+    said = {key: value for key, value in text.items() if value is not None or key not in values}
+    return {**values, **said}
 
 
 def architecture_names(values: Mapping[str, Any], path: Path) -> list[str]:
@@ -171,80 +165,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise ModelError(f"{path}: cannot read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, an endless integer
         raise ModelError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a JSON object, got a {type(values).__name__}")
     return values
-
-
-def rope_block(values: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_scaling or rope_parameters as one flat dict; {} for plain RoPE.
-
-    rope_scaling wins where both stand, as in transformers 5. Of a block nested per layer type the
-    full-attention part counts: the sliding-window layers are never rescaled.
-    """
-    return _flat_block(values.get("rope_scaling") or values.get("rope_parameters") or {})
-
-
-def _flat_block(block: Any) -> dict[str, Any]:
-    if not isinstance(block, dict):
-        raise ModelError(
-            f"rope_scaling / rope_parameters must be an object, got {type(block).__name__}"
-        )
-    nested = block.get("full_attention")
-    return dict(nested) if isinstance(nested, dict) else dict(block)
-
-
-def _refuse_conflicts(values: Mapping[str, Any]) -> None:
-    """RoPE settings may stand in three places; each runtime reads another one of them."""
-    top_level = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    places: dict[str, dict[str, Any]] = {
-        "the top level": {name: values[name] for name in top_level if name in values}
-    }
-    for name in ("rope_scaling", "rope_parameters"):
-        block = _flat_block(values.get(name) or {})
-        if block:
-            kind = str(block.get("rope_type") or block.pop("type", None) or "default").lower()
-            places[name] = {**block, "rope_type": _LEGACY_TYPES.get(kind, kind)}
-    seen: dict[str, tuple[str, Any]] = {}
-    for place, settings in places.items():
-        for key, value in settings.items():
-            other, expected = seen.setdefault(key, (place, value))
-            if value is not None and expected is not None and value != expected:
-                raise ModelError(
-                    f"conflicting rope settings: {key} is {expected!r:.60} in {other} and "
-                    f"{value!r:.60} in {place}; runtimes differ in which one they read: make them "
-                    f"equal or remove one"
-                )
-
-
-def _read_rope(config: HfConfig) -> HfRope:
-    try:
-        block = rope_block(config.values)
-        _refuse_conflicts(config.values)
-    except ModelError as error:
-        raise ModelError(f"{config.path}: {error}") from error
-    rope_type = str(block.get("rope_type") or block.get("type") or "default").lower()
-    if rope_type == "default" and "factor" in block:
-        raise ModelError(f"{config.path}: the rope block has a factor but no rope_type")
-    # transformers 5 lets the top-level copies win when the model is built
-    original = config.values.get("original_max_position_embeddings")
-    if original is None:
-        original = block.get("original_max_position_embeddings")
-    if original is None and rope_type in ("longrope", "su"):
-        original = config.get("original_max_position_embeddings")  # Phi-3's default
-    theta = block.get("rope_theta", config.get("rope_theta", 10000.0))
-    partial = block.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    for name, number in (("rope_theta", theta), ("partial_rotary_factor", partial)):
-        good = isinstance(number, int | float) and not isinstance(number, bool)
-        if not good or not 0 < number < 1e30:
-            raise ModelError(f"{config.path}: {name} must be a positive number, got {number!r:.60}")
-    if original is not None and (not isinstance(original, int) or original <= 0):
-        raise ModelError(
-            f"{config.path}: original_max_position_embeddings must be a positive integer, "
-            f"got {original!r}"
-        )
-    return HfRope(
-        _LEGACY_TYPES.get(rope_type, rope_type), float(theta), float(partial), original, block
-    )

@@ -14,12 +14,8 @@ from longrope_export.gguf_format import GgufHeader, latest, read_header
 from longrope_export.gguf_keys import has_our_keys
 from longrope_export.models.families import Family, family_of_gguf
 from longrope_export.models.hf_config import HfConfig, is_hf_folder, read_hf_config
-from longrope_export.models.native import (
-    gguf_head_dim,
-    native_of_gguf,
-    native_of_hf,
-    read_definition,
-)
+from longrope_export.models.native import native_of_hf, read_definition
+from longrope_export.models.native_gguf import gguf_head_dim, native_of_gguf
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]

@@ -1,4 +1,4 @@
-"""The RoPE that a model brings along, as a LongRopeConfig: what every new factor builds upon.
+"""The RoPE that a Hugging Face folder brings along, as a LongRopeConfig (a GGUF: native_gguf).
 
 A plain model has one tier with factors of 1. A model that was scaled before (Llama 3.1, YaRN,
 Phi-3's longrope, a file that we wrote) has the tiers it was trained or exported with.
@@ -6,9 +6,7 @@ Phi-3's longrope, a file that we wrote) has the tiers it was trained or exported
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,7 @@ import numpy as np
 from longrope_export import methods
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.definition import from_json
-from longrope_export.errors import ConfigError, GgufError, ModelError
-from longrope_export.gguf_format import GgufHeader
-from longrope_export.gguf_keys import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR, decode_config
+from longrope_export.errors import ConfigError, ModelError, UnsupportedError
 from longrope_export.models.hf_config import HfConfig, read_json_object
 from longrope_export.rope import (
     FloatArray,
@@ -33,12 +29,10 @@ from longrope_export.stock_rope import (
     stock_config,
 )
 
-GGML_TYPE_F32 = 0
-
 MAX_LAYERS = 1 << 16
 
 # what numbers of absurd size or values of the wrong kind raise on their way through the formulas
-_MALFORMED = (TypeError, ValueError, OverflowError, ZeroDivisionError)
+MALFORMED = (TypeError, ValueError, OverflowError, ZeroDivisionError)
 
 
 def native_of_hf(config: HfConfig) -> LongRopeConfig:
@@ -51,7 +45,7 @@ def native_of_hf(config: HfConfig) -> LongRopeConfig:
         ModelError: a rope type that is not known here, values that do not fit, or a longrope.json
             that contradicts config.json.
     """
-    declared = _declared_by_hf(config)
+    declared = declared_by_hf(config)
     definition = read_definition(config)
     if definition is None:
         return declared
@@ -81,16 +75,16 @@ def read_definition(config: HfConfig) -> LongRopeConfig | None:
     return found[0] if found else None
 
 
-def _declared_by_hf(config: HfConfig) -> LongRopeConfig:
+def declared_by_hf(config: HfConfig) -> LongRopeConfig:
+    """native_of_hf without a look at longrope.json; raises as it does."""
     rope = config.rope
     if not 0 < rope.partial_rotary_factor <= 1:
         raise ModelError(
             f"{config.path}: partial_rotary_factor must be above 0 and at most 1, "
             f"got {rope.partial_rotary_factor}"
         )
-    rotary_dim = int(config.head_dim * rope.partial_rotary_factor)
     declared = config.require_int("max_position_embeddings")
-    reader = _HfScaling(config, rotary_dim, declared)
+    reader = _HfScaling(config, declared)
     builders = {
         "default": reader.plain,
         "linear": reader.linear,
@@ -108,7 +102,7 @@ def _declared_by_hf(config: HfConfig) -> LongRopeConfig:
         window, tiers = builders[rope.rope_type]()
         return LongRopeConfig(
             rope_theta=rope.rope_theta,
-            rotary_dim=rotary_dim,
+            rotary_dim=rope.rotary_dim,
             original_max_position_embeddings=window,
             max_position_embeddings=tiers[-1].max_length,
             tiers=tiers,
@@ -116,7 +110,7 @@ def _declared_by_hf(config: HfConfig) -> LongRopeConfig:
             layers=_global_layers(config),
             provenance={"method": f"model ({rope.rope_type})"},
         )
-    except (ConfigError, *_MALFORMED) as error:
+    except (ConfigError, *MALFORMED) as error:
         raise ModelError(f"{config.path}: the rope settings make no sense: {error}") from error
 
 
@@ -126,14 +120,15 @@ _Tiers = tuple[int, tuple[FactorTier, ...]]
 class _HfScaling:
     """One method per rope type: the trained window and the tiers."""
 
-    def __init__(self, config: HfConfig, rotary_dim: int, declared: int) -> None:
+    def __init__(self, config: HfConfig, declared: int) -> None:
         self.config, self.declared = config, declared
         self.rope = config.rope
         self.block: Mapping[str, Any] = self.rope.parameters
-        self.inv_freq = compute_inv_freq(self.rope.rope_theta, rotary_dim)
+        self.inv_freq = compute_inv_freq(self.rope.rope_theta, self.rope.rotary_dim)
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.block.get(key, default)
+        value = self.block.get(key)
+        value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ModelError(
                 f"{self.config.path}: rope {key} must be a number above 0, got {value!r}"
@@ -152,6 +147,12 @@ class _HfScaling:
         return window, (self.tier(self.declared, methods.pi_factors(self.inv_freq, factor)),)
 
     def dynamic(self) -> _Tiers:
+        if self.block.get("alpha") is not None:
+            raise UnsupportedError(
+                f"{self.config.path}: rope type 'dynamic' with alpha {self.block['alpha']!r:.60} "
+                f"(HunYuan) is a fixed base of another formula, which is not known here; expected "
+                f"a block without alpha"
+            )
         factor, window = self.number("factor"), self.declared
         step = max(window // 16, 1)
         target = round(window * factor)
@@ -167,8 +168,9 @@ class _HfScaling:
         return window, tuple(tiers)
 
     def yarn(self) -> _Tiers:
-        factor = self.number("factor")
         window = self.rope.original_max_position_embeddings or self.declared
+        # an explicit null means the quotient, a missing key is an error, as in transformers
+        factor = self.number("factor", self.declared / window if "factor" in self.block else None)
         factors = methods.yarn_factors(
             self.inv_freq,
             factor,
@@ -258,132 +260,3 @@ def _global_layers(config: HfConfig) -> tuple[int, ...] | None:
         return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
     pattern = int(config.get("sliding_window_pattern") or 6)
     return tuple(i for i in range(layers) if (i + 1) % pattern == 0)
-
-
-def native_of_gguf(header: GgufHeader) -> LongRopeConfig:
-    """The RoPE that a GGUF file declares, as llama.cpp computes it; our own keys come first.
-
-    Raises:
-        GgufError: keys that are missing, contradict each other or do not fit.
-    """
-    theta = _gguf_float(header, "rope.freq_base", 10000.0)
-    rotary_dim = _gguf_rotary_dim(header)
-    ours = decode_config(header, theta, rotary_dim)
-    if ours is not None:
-        return ours
-    try:
-        window, tiers = _stock_tiers(header, compute_inv_freq(theta, rotary_dim))
-        return LongRopeConfig(
-            rope_theta=theta,
-            rotary_dim=rotary_dim,
-            original_max_position_embeddings=window,
-            max_position_embeddings=tiers[-1].max_length,
-            tiers=tuple(tiers),
-            switch=SwitchPolicy.SEQUENCE,
-            layers=_gguf_global_layers(header),
-            provenance={"method": f"model ({header.arch_get('rope.scaling.type', 'none')})"},
-        )
-    except (ConfigError, *_MALFORMED) as error:
-        raise GgufError(f"{header.path}: the rope keys make no sense: {error}") from error
-
-
-def _stock_tiers(header: GgufHeader, inv_freq: FloatArray) -> tuple[int, list[FactorTier]]:
-    """(trained window, tiers) as stock llama.cpp reads its own keys and tensors.
-
-    There a file without a type counts as linear, and the linear factor (also under its old name
-    scale_linear) divides all frequencies, beside whatever factor tensors there are.
-    """
-    pairs = len(inv_freq)
-    declared = _gguf_int(header, "context_length")
-    window = declared
-    if header.arch_get("rope.scaling.original_context_length") is not None:
-        window = _gguf_int(header, "rope.scaling.original_context_length")
-    kind = str(header.arch_get("rope.scaling.type", "linear"))
-    attention = _gguf_float(header, "rope.scaling.attn_factor", 1.0)
-    factor = _gguf_float(header, "rope.scaling.factor", 0.0)
-    factor = factor or _gguf_float(header, "rope.scale_linear", 0.0) or 1.0
-    tensors = {info.name for info in header.tensors}
-
-    def read(name: str) -> FloatArray:
-        if name not in tensors:
-            return np.full(pairs, 1.0 if kind == "none" else factor)
-        factors = np.asarray(_read_factor_tensor(header, name, pairs))
-        return factors if kind == "none" else factors * factor
-
-    def tier(length: int, factors: FloatArray, scale: float) -> FactorTier:
-        return FactorTier(length, tuple(factors.tolist()), 0, scale)
-
-    if kind == "longrope" and LONG_TENSOR in tensors and LLAMA3_TENSOR not in tensors:
-        tiers = [tier(window, read(SHORT_TENSOR), attention)]
-        if declared > window:
-            tiers.append(tier(declared, read(LONG_TENSOR), attention))
-        return window, tiers
-    if kind == "yarn":
-        factors = methods.yarn_factors(inv_freq, factor, window)
-        target = max(declared, round(window * factor))
-        return window, [tier(target, factors, attention * _yarn_attention(header, factor))]
-    factors = read(LLAMA3_TENSOR)
-    if kind == "linear" and LLAMA3_TENSOR not in tensors and factor > 1:
-        window = min(window, round(declared / factor))
-    return window, [tier(declared, factors, attention)]
-
-
-def _yarn_attention(header: GgufHeader, factor: float) -> float:
-    """llama.cpp's: the log multiplier counts, the key yarn_attn_factor does not."""
-    log_multiplier = _gguf_float(header, "rope.scaling.yarn_log_multiplier", 0.0)
-    above = yarn_attention_factor(factor)
-    return above / yarn_attention_factor(factor, log_multiplier) if log_multiplier else above
-
-
-def _gguf_float(header: GgufHeader, name: str, default: float) -> float:
-    value = header.arch_get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise GgufError(f"{header.path}: key {header.architecture}.{name}: not a number: {value!r}")
-    return float(value)
-
-
-def gguf_head_dim(header: GgufHeader) -> int:
-    length = header.arch_get("attention.key_length")
-    if isinstance(length, int):
-        return length
-    return _gguf_int(header, "embedding_length") // _gguf_int(header, "attention.head_count")
-
-
-def _gguf_rotary_dim(header: GgufHeader) -> int:
-    count = header.arch_get("rope.dimension_count")
-    return count if isinstance(count, int) and count > 0 else gguf_head_dim(header)
-
-
-def _gguf_int(header: GgufHeader, name: str) -> int:
-    value = header.arch_get(name)
-    if isinstance(value, np.ndarray) and len(value):  # one value per layer
-        value = int(value.max())
-    if not isinstance(value, int) or value <= 0:
-        raise GgufError(
-            f"{header.path}: key {header.architecture}.{name} must be a positive integer, "
-            f"got {value!r}"
-        )
-    return value
-
-
-def _gguf_global_layers(header: GgufHeader) -> tuple[int, ...] | None:
-    if header.architecture != "gemma3":
-        return None
-    return tuple(i for i in range(_gguf_int(header, "block_count")) if (i + 1) % 6 == 0)
-
-
-def _read_factor_tensor(header: GgufHeader, name: str, pairs: int) -> tuple[float, ...]:
-    info = next(tensor for tensor in header.tensors if tensor.name == name)
-    if info.ggml_type != GGML_TYPE_F32 or math.prod(info.shape) != pairs:
-        raise GgufError(
-            f"{header.path}: tensor {name} has shape {info.shape} and type {info.ggml_type}, "
-            f"expected ({pairs},) F32"
-        )
-    return read_f32(header.path, header.data_start_bytes + info.offset_bytes, pairs)
-
-
-def read_f32(path: Path, offset_bytes: int, count: int) -> tuple[float, ...]:
-    with path.open("rb") as file:
-        file.seek(offset_bytes)
-        values = np.frombuffer(file.read(4 * count), dtype="<f4")
-    return tuple(float(value) for value in values)
