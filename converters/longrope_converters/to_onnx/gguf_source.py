@@ -51,17 +51,6 @@ _ROPE_TENSORS = (LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR)  # in the model's con
 
 
 @dataclass(frozen=True)
-class GgufSettings(HfConfig):
-    """The keys of a GGUF in the words of config.json; `path` is the file."""
-
-    file: Path
-
-    @property
-    def path(self) -> Path:
-        return self.file
-
-
-@dataclass(frozen=True)
 class GgufRows:
     """Rows of one tensor, dequantized.
 
@@ -151,7 +140,8 @@ def open_gguf(model: Model) -> Source:
     )
 
 
-def _settings(model: Model, header: GgufHeader) -> GgufSettings:
+def _settings(model: Model, header: GgufHeader) -> HfConfig:
+    """The keys of a GGUF in the words of config.json; `path` is the file."""
     names = {info.name: info for info in header.tensors}
     embedding = names.get("token_embd.weight")
     if embedding is None:
@@ -173,7 +163,7 @@ def _settings(model: Model, header: GgufHeader) -> GgufSettings:
     for key, name in _TOKENS.items():
         if header.get(name) is not None:
             values[key] = header.get(name)
-    return GgufSettings(model.path.parent, model.family, values, model.path)
+    return HfConfig(model.path.parent, model.family, values, model.path.name)
 
 
 def _check_type(path: Path, info: TensorInfo) -> None:
