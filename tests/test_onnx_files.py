@@ -13,15 +13,18 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
+import transformers
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from test_onnx import export, make_source, three_tiers, tokens
 from tiny_models import edit_json, make_model
 
+from longrope_converters.to_onnx.families import mistral
 from longrope_converters.to_onnx.weights import PIECE_ELEMENTS, transposed_pieces
 from longrope_export.cli import main
 from longrope_export.errors import FactorFileError, ModelError, OutputError
 from longrope_export.factor_files import read_factors, to_json, write_factors
+from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import load_model
 from longrope_export.onnx_metadata import read_config
 from longrope_export.runtimes.onnx import OnnxModel
@@ -252,3 +255,18 @@ def test_a_killed_export_leaves_nothing_under_the_final_name(tmp_path: Path, lla
     assert not (tmp_path / "out").exists()
     export(llama, None, tmp_path / "out")
     assert OnnxModel(tmp_path / "out", threads=1).logits(tokens(5)).shape == (5, 320)
+
+
+@pytest.mark.parametrize(
+    ("said", "window"),
+    [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 40}, 40)],
+)
+def test_a_mistral_that_says_nothing_has_the_window_of_its_class(
+    said: dict[str, int | None], window: int | None, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "m", "mistral")
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("sliding_window", None)
+    (folder / "config.json").write_text(json.dumps({**values, **said}))
+    assert set(mistral.describe(read_hf_config(folder)).windows) == {window}
+    assert transformers.AutoConfig.from_pretrained(folder).sliding_window == window

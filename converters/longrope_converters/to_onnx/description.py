@@ -92,7 +92,6 @@ def describe_common(config: HfConfig) -> Decoder:
     )
 
 
-def same_window(config: HfConfig, decoder: Decoder) -> Decoder:
-    """The family has one sliding window for all layers, if config.json names one (mistral, phi3)."""
-    window = config.get("sliding_window")
+def same_window(window: int | None, decoder: Decoder) -> Decoder:
+    """One sliding window for all layers, or none (mistral, phi3)."""
     return decoder.but(windows=(window,) * decoder.num_layers) if window else decoder

@@ -160,6 +160,7 @@ def _settings(model: Model, header: GgufHeader) -> HfConfig:
             )
         if value is not None:
             values[key] = value
+    values.setdefault("sliding_window", None)  # llama.cpp knows no default of the family
     for key, name in _TOKENS.items():
         if header.get(name) is not None:
             values[key] = header.get(name)

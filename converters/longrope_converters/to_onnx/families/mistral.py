@@ -5,4 +5,6 @@ from longrope_export.models.hf_config import HfConfig
 
 
 def describe(config: HfConfig) -> Decoder:
-    return same_window(config, describe_common(config))
+    # as in transformers' class; null in the file means none
+    window = config.values.get("sliding_window", 4096)
+    return same_window(window, describe_common(config))

@@ -5,4 +5,4 @@ from longrope_export.models.hf_config import HfConfig
 
 
 def describe(config: HfConfig) -> Decoder:
-    return same_window(config, describe_common(config)).but(fused=True)
+    return same_window(config.get("sliding_window"), describe_common(config)).but(fused=True)
