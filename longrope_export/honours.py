@@ -30,6 +30,9 @@ class Cell:
 
 
 YES = Cell(Verdict.YES)
+_UNKNOWN = Cell(
+    Verdict.PARTLY, "depends on the architecture that llama.cpp's converter makes of it"
+)
 
 FIELDS: dict[str, str] = {
     "first_tier": "factors of the first tier",
@@ -79,6 +82,8 @@ def gguf_architecture(model: Model) -> str:
 
 
 def _llama_cpp(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
+    if not gguf_architecture(model):
+        return dict.fromkeys(FIELDS, _UNKNOWN)
     if not has_stock_fields(gguf_architecture(model)):
         plain = Cell(Verdict.NO, "runs the base model without scaling: its loader has no factors")
         return dict.fromkeys(FIELDS, plain)
@@ -99,9 +104,11 @@ def _llama_cpp(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
 
 def _patched_llama_cpp(config: LongRopeConfig, model: Model) -> dict[str, Cell]:
     architecture = gguf_architecture(model)
+    if not architecture:
+        return dict.fromkeys(FIELDS, _UNKNOWN)
     if architecture in PATCHED_ARCHITECTURES:
         return dict.fromkeys(FIELDS, YES)
-    return dict.fromkeys(FIELDS, Cell(Verdict.NO, f"refuses a {architecture or 'foreign'} file"))
+    return dict.fromkeys(FIELDS, Cell(Verdict.NO, f"refuses a {architecture} file"))
 
 
 def _transformers(config: LongRopeConfig, model: Model) -> dict[str, Cell]:

@@ -229,6 +229,8 @@ def test_dry_run_writes_nothing(tiny_gguf: Path, factors: Path, tmp_path: Path) 
     result = run("gguf", tiny_gguf, "--factors", factors, "-o", tmp_path / "x.gguf", "--dry-run")
     assert result.returncode == 0
     assert not (tmp_path / "x.gguf").exists()
+    for flag in ("--verify", "--json"):
+        check_refused(run("gguf", tiny_gguf, "--factors", factors, "--dry-run", flag), flag)
 
 
 def test_verbose_shows_where_it_went_wrong(tmp_path: Path) -> None:

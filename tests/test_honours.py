@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from tiny_models import make_model
+from tiny_models import edit_json, make_model
 
 from longrope_converters.to_onnx.families import DESCRIBE
 from longrope_export.config import SwitchPolicy
@@ -47,3 +47,13 @@ def test_onnx_runtimes(tmp_path: Path) -> None:
     mixtral = load_model(make_model(tmp_path / "mixtral", "mixtral"))
     refused = honours(causal, mixtral)["onnxruntime-genai"]
     assert {cell.verdict for cell in refused.values()} == {Verdict.NO}
+
+
+def test_what_llama_cpp_makes_of_an_unknown_family_is_left_open(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "apertus")
+    edit_json(folder / "config.json", architectures=["ApertusForCausalLM"], model_type="apertus")
+    model = load_model(folder)
+    cells = honours(make_config(model, "yarn", 1024), model)
+    for runtime in ("llama.cpp", "llama.cpp, patched"):
+        assert {cell.verdict for cell in cells[runtime].values()} == {Verdict.PARTLY}
+        assert all("llama.cpp's converter" in cell.note for cell in cells[runtime].values())

@@ -148,6 +148,21 @@ def verify_option(command: F) -> F:
     )(command)
 
 
+def check_dry_run(dry_run: bool, *, verify: bool, as_json: bool) -> None:
+    """Refuse what a dry run would leave out without a word.
+
+    Raises:
+        UnsupportedError: naming the option.
+    """
+    from longrope_export.errors import UnsupportedError
+
+    for flag, given in (("--verify", verify), ("--json", as_json)):
+        if dry_run and given:
+            raise UnsupportedError(
+                f"{flag} needs a file, --dry-run writes none: leave one of them out"
+            )
+
+
 def say_report(report: ExportReport, max_length: int | None, *, as_json: bool) -> None:
     """What was written: for people, and as JSON if asked for."""
     if as_json:

@@ -10,6 +10,7 @@ from longrope_export.cli.common import (
     CONTEXT_SETTINGS,
     OUTPUT_PATH,
     byte_progress,
+    check_dry_run,
     factor_options,
     force_option,
     given_factors,
@@ -91,6 +92,7 @@ def command(
     from longrope_export.models.hf_config import refuse_quantized
     from longrope_export.models.model import ModelKind, find_model, load_model
 
+    check_dry_run(dry_run, verify=verify, as_json=as_json)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     if verify:  # the export is compared with the source's own weights
         refuse_quantized(source.path)

@@ -10,6 +10,7 @@ from longrope_export.cli.common import (
     CONTEXT_SETTINGS,
     OUTPUT_PATH,
     byte_progress,
+    check_dry_run,
     factor_options,
     force_option,
     given_factors,
@@ -103,6 +104,7 @@ def command(
     from longrope_converters.to_onnx.folder_output import check_folder
     from longrope_export.models.model import find_model, load_model
 
+    check_dry_run(dry_run, verify=verify, as_json=as_json)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     config = given_factors(factors, tiers, source, switch)
     resolved = source.path.resolve()

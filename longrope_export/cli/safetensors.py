@@ -10,6 +10,7 @@ from longrope_export.cli.common import (
     CONTEXT_SETTINGS,
     OUTPUT_PATH,
     byte_progress,
+    check_dry_run,
     factor_options,
     force_option,
     given_factors,
@@ -87,6 +88,7 @@ def command(
     from longrope_export.outputs import check_output_folder
     from longrope_export.stock_rope import DEFINITION_FILE
 
+    check_dry_run(dry_run, verify=verify, as_json=as_json)
     source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
     if verify:  # a folder's weights are only copied, but then they are computed with
         refuse_quantized(source.path)

@@ -22,7 +22,7 @@ from longrope_converters.to_gguf.shards import bake_split, is_own_link, read_sha
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import UnsupportedError
 from longrope_export.gguf_format import GgufHeader, read_header
-from longrope_export.honours import honours
+from longrope_export.honours import gguf_architecture, honours
 from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind, check_fits, header_of, load_model
 from longrope_export.outputs import check_output, replace_when_done
@@ -277,6 +277,9 @@ class GgufConverter:
         written: Path,
         route: str,
     ) -> ExportReport:
+        named = model
+        if config is not None and not gguf_architecture(model):
+            named = load_model(written)  # llama.cpp's converter has given the architecture a name
         return ExportReport(
             output=written,
             source=model.path,
@@ -284,8 +287,8 @@ class GgufConverter:
             route=route,
             num_bytes=written.stat().st_size,
             config=config,
-            notes=make_notes(model, config, shards[0] if shards else read_header(written)),
-            honours={} if config is None else honours(config, model),
+            notes=make_notes(named, config, shards[0] if shards else read_header(written)),
+            honours={} if config is None else honours(config, named),
         )
 
 
