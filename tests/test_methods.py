@@ -155,7 +155,7 @@ def test_bad_options() -> None:
     with pytest.raises(ConfigError, match="must be above beta_slow"):
         methods.yarn_factors(inv_freq, 4, 2048, beta_fast=1, beta_slow=2)
     for absurd in ({"beta_fast": 1e308}, {"beta_slow": 1e-320}, {"beta_fast": math.inf}):
-        with pytest.raises(ConfigError, match="must be above beta_slow .* both 1e-30 to 1e"):
+        with pytest.raises(ConfigError, match=r"must be above beta_slow .* both 1e-30 to 1e"):
             methods.yarn_factors(inv_freq, 4, 2048, **absurd)
     with pytest.raises(ConfigError, match="ramp must be"):
         methods.yarn_factors(inv_freq, 4, 2048, ramp="linear")
