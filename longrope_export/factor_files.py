@@ -235,7 +235,7 @@ def _read_hf_block(path: Path, values: dict[str, Any], model: Model | None) -> L
         config = _read_bare_block(path, rope_block(values), model)
     else:
         family = family_of_hf(values.get("model_type"), architecture_names(values, path))
-        config = native_of_hf(HfConfig(path.parent, family, values, path.name))
+        config = native_of_hf(HfConfig(path.parent, family, values, file_name=path.name))
     return replace(config, provenance={"method": "file", "file": path.name})
 
 
@@ -250,7 +250,9 @@ def _read_bare_block(path: Path, block: Mapping[str, Any], model: Model) -> Long
         or model.window,
         "rope_scaling": block,
     }
-    config = declared_by_hf(HfConfig(path.parent, family_of_hf(None, []), values, path.name))
+    config = declared_by_hf(
+        HfConfig(path.parent, family_of_hf(None, []), values, file_name=path.name)
+    )
     return replace(config, layers=native.layers, logit_scaling=native.logit_scaling)
 
 

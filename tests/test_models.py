@@ -120,7 +120,10 @@ def test_rotated_width_is_that_of_transformers(
         ({"rotary_dim": 8, "partial_rotary_factor": 1.0}, "16 of 16 .*, and 8 by rotary_dim"),
         ({"rotary_dim": 0}, "rotary_dim must be a positive integer, got 0"),
         ({"rotary_emb_base": 25000}, "rope_theta is 10000.0 in the top level and 25000 in rotary_"),
-        ({"rope_scaling": {"type": "yarn", "factor": float("nan")}}, "factor is nan in rope_scal"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": float("nan")}},
+            "is nan in rope_scaling, expected a finite",
+        ),
         (
             {
                 "rope_theta": None,
@@ -181,6 +184,7 @@ GEMMA3_TEXT = {
     [
         {**GEMMA3_WRAPPER, "text_config": GEMMA3_TEXT},  # as published
         {**GEMMA3_WRAPPER, "text_config": {**GEMMA3_TEXT, "architectures": None}},
+        {**GEMMA3_WRAPPER, "text_config": {**GEMMA3_TEXT, **dict.fromkeys(GEMMA3_WRAPPER)}},
         GEMMA3_TEXT,
         {"text_config": GEMMA3_TEXT},
     ],

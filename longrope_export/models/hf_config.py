@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class HfConfig:
     folder: Path
     family: Family
     values: Mapping[str, Any]
-    file_name: str = "config.json"
+    file_name: str = field(default="config.json", kw_only=True)
 
     @property
     def path(self) -> Path:
