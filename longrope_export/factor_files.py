@@ -93,8 +93,8 @@ def read_csv_ladder(
     """microsoft/LongRoPE CSV files, one per tier length, as one config.
 
     The files hold no attention factor; the authors' code uses the longrope formula for the ratio
-    of the tier's length to the window. As in the closed forms, that is the model's own window,
-    whatever scaling reaches it.
+    of the tier's length to the trained window. A GGUF does not tell that of Llama 3's scaling: there
+    it is the window that the model has now, for folders too.
 
     Args:
         files: tier length in tokens (inclusive) -> CSV file.
@@ -103,7 +103,9 @@ def read_csv_ladder(
     Raises:
         FactorFileError: naming file and row.
     """
-    window = model.window
+    native = model.native
+    scaled = native.provenance.get("method") == "model (llama3)"
+    window = model.window if scaled else native.original_max_position_embeddings
     pairs = model.native.num_pairs
     tiers = []
     for length, path in sorted(files.items()):

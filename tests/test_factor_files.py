@@ -1,6 +1,7 @@
 """Every shape of factors that is known, and every way in which a file can be wrong."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,20 @@ def test_csv_attention_factor_is_that_of_the_closed_forms(
         config = read_csv_ladder({1024: table}, model)
         assert config.tiers[0].attention_factor == closed.tiers[0].attention_factor
         assert config.original_max_position_embeddings == 256
+
+
+def test_csv_of_an_extended_model_counts_from_its_trained_window(
+    tmp_path: Path, hf_config: WriteConfig
+) -> None:
+    lists = {"short_factor": [1.0] * 8, "long_factor": LONG}
+    block = {"rope_type": "longrope", "original_max_position_embeddings": 64, **lists}
+    model = load_model(hf_config(rope_scaling=block))
+    table = write_csv(tmp_path / "f.csv", [LONG])
+    config = read_csv_ladder({256: table}, model)
+    assert config.original_max_position_embeddings == 64
+    assert config.tiers[0].attention_factor == pytest.approx(
+        math.sqrt(1 + math.log(4) / math.log(64))
+    )
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def _settings(model: Model, header: GgufHeader) -> HfConfig:
     for key, name in _TOKENS.items():
         if header.get(name) is not None:
             values[key] = header.get(name)
-    return HfConfig(model.path.parent, model.family, values, model.path.name)
+    return HfConfig(model.path.parent, model.family, values, file_name=model.path.name)
 
 
 def _check_type(path: Path, info: TensorInfo) -> None:
