@@ -23,6 +23,7 @@ from longrope_export.ladder import make_config
 from longrope_export.models.model import load_model
 from longrope_export.report.figures import make_plots
 from longrope_export.report.inputs import ReportInputs, read_inputs
+from longrope_export.report.model_card import make_model_card
 
 HOSTILE = '<script>document.title="owned"</script><img src="http://example.com/x.png">&"\''
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)  # fmt: skip
@@ -278,6 +279,11 @@ def test_definitions_are_shown_once_each(root: Path, change: dict[str, Any], sho
     config = read_factors(root / "f.json", None)
     inputs = ReportInputs(factors=[("one", config), ("other", replace(config, **change))])
     assert len(inputs.configs()) == shown
+
+
+def test_a_plot_with_a_space_in_its_path_is_a_link() -> None:
+    card = make_model_card(ReportInputs(), "toy", images=["my plots/a (1).png"])
+    assert "](my%20plots/a%20%281%29.png)" in card
 
 
 def test_wrong_inputs(root: Path, tmp_path: Path) -> None:
