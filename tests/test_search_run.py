@@ -470,6 +470,11 @@ def test_the_command_killed_at_any_moment_resumes_to_the_same_result(
         (["--against", "yarn-ladder"], "ladders belong to --ladder"),
         (["--budget-tokens", "0"], "--budget-tokens must be above 0"),
         (["--budget-minutes", "-1"], "--budget-minutes must be above 0"),
+        (["--budget-tokens", "nan"], "--budget-tokens must be above 0 and finite, got nan"),
+        (["--budget-tokens", "inf"], "--budget-tokens must be above 0 and finite, got inf"),
+        (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
+        (["--recover", "32", "--recover-cap", "inf"], "--recover-cap must be above 0 and finite"),
+        (["--recover", "32", "--recover-cap", "nan"], "--recover-cap must be above 0 and finite"),
         (["--population", "0"], "--population and --documents must be 1 or more"),
         (["--needle-keys", "100"], "--needle-keys must be 0..64"),
         (["--tier-tokens", "5"], "--tier-tokens belongs to --ladder"),
@@ -486,6 +491,23 @@ def test_bad_input_is_one_clear_error(
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "run" / "factors.json").exists()
+
+
+@pytest.mark.parametrize("name", ["family_evaluations", "gradient_steps"])
+def test_stages_of_the_practical_search_are_no_negative_numbers(name: str) -> None:
+    option = name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"--{option} must be 0 or more, got -1"):
+        PracticalSettings(**{name: -1})
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"options": 1}', "\xff"])
+def test_damaged_settings_are_one_clear_error(
+    with_tokenizer: Path, tmp_path: Path, damage: str
+) -> None:
+    (tmp_path / "settings.json").write_text(damage, encoding="latin-1")
+    result = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path, "--resume"))
+    assert result.exit_code == 2
+    assert "settings.json: damaged: " in result.stderr
 
 
 def test_a_model_without_rope_is_refused(tmp_path: Path, with_tokenizer: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,7 @@ def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
     from dataclasses import replace
 
     from longrope_export.config import SwitchPolicy
+    from longrope_export.errors import ConfigError
     from longrope_export.search.algorithms import Algorithm
     from longrope_export.search.evaluator import Budget
     from longrope_export.search.evolution import EvolutionSettings
@@ -116,6 +118,8 @@ def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
         attention = "search" if algorithm is Algorithm.PRACTICAL else "longrope"
     sizes = {name: given[name] for name in ("population", "iterations") if given[name] is not None}
     tokens, minutes = given["budget_tokens"], given["budget_minutes"]
+    if tokens is not None and not isfinite(tokens):
+        raise ConfigError(f"--budget-tokens must be above 0 and finite, got {tokens}")
     return SearchOptions(
         target_length=target,
         algorithm=algorithm,
