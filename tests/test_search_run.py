@@ -418,7 +418,8 @@ def arguments(model: Path, run: Path, *more: str) -> list[str]:
     given += ["-o", str(run), "--documents", "2,1,1"]
     if "--ladder" not in more:
         given += ["--population", "4", "--iterations", "2"]
-    needles = [] if "--recover" in more or "--needle-keys" in more else ["--needle-keys", "0"]
+    others = {"--recover", "--needle-keys", "--switch"}  # ignore them, or are them
+    needles = [] if others & {*more} else ["--needle-keys", "0"]
     return [*given, *needles, *more]
 
 
@@ -482,6 +483,13 @@ def test_the_command_killed_at_any_moment_resumes_to_the_same_result(
         (["--ladder", "64,128", "--attention-factor", "none"], "does not use --attention-factor"),
         (["--ladder", "64,128", "--recover", "32"], "two searches"),
         (["--algorithm", "practical"], "does not use --population"),
+        (["--recover", "32", "--algorithm", "practical"], "practical does not use --population"),
+        (["--recover", "32", "--gradient-steps", "3"], "longrope does not use --gradient-steps"),
+        (
+            ["--ladder", "64,128", "--no-refine", "--tier-tokens", "8"],
+            "--no-refine does not use --tier-tokens",
+        ),
+        (["--switch", "causal", "--needle-keys", "7"], "--switch does not use --needle-keys"),
     ],
 )
 def test_bad_input_is_one_clear_error(

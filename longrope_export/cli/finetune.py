@@ -142,7 +142,7 @@ def command(
     if config is None:
         raise ConfigError("finetune needs --factors or --tier: factors to train under")
     chosen = load_recipe(recipe).with_values(changed)
-    refuse_ignored(chosen, sequence_parallel, validation_texts)
+    refuse_ignored(chosen, sequence_parallel, validation_texts, validation_documents)
     check_recipe(chosen, config)
     if sequence_parallel > 1 and chosen.rule is not Rule.FROZEN:
         raise ConfigError(
