@@ -25,7 +25,7 @@ def open_settings(folder: Path, settings: dict[str, Any], *, resume: bool) -> No
     Raises:
         OutputError: a run is there and resume is not set, or there is none to resume; the folder
             cannot be written.
-        ConfigError: the run that is there was begun with other settings.
+        ConfigError: the run that is there was begun with other settings, or its file is damaged.
     """
     settings = json.loads(json.dumps(settings))
     path = folder / SETTINGS
@@ -37,7 +37,7 @@ def open_settings(folder: Path, settings: dict[str, Any], *, resume: bool) -> No
                     f"{folder} holds a run already: --resume goes on with it, or choose another "
                     f"folder with -o"
                 )
-            _check(folder, json.loads(path.read_text(encoding="utf-8")), settings)
+            _check(folder, _read(path), settings)
         elif resume:
             raise OutputError(f"{folder}: no {SETTINGS} in it, so there is no run to resume")
         elif any(not path.name.endswith(".partial") for path in folder.iterdir()):
@@ -69,6 +69,18 @@ def lock_run(
             if time.monotonic() >= deadline:
                 raise OutputError(f"{folder}: {who} is at work in it") from error
             time.sleep(0.1)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: damaged: {error}; start a new run in another folder") from error
+    if not isinstance(values, dict) or not isinstance(values.get("options", {}), dict):
+        raise ConfigError(
+            f"{path}: damaged: expected the settings of a run; start a new run in another folder"
+        )
+    return values
 
 
 def _check(folder: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -186,6 +186,12 @@ def test_factors_that_are_not_in_the_model_are_not_taken_for_it(place: Path) -> 
     assert "run/04-2k/2k/factors.json" in last.words
 
 
+@pytest.mark.parametrize("tier", ['"512=lam.csv"', '["512=lam.csv"]'])
+def test_the_file_of_a_tier_is_what_its_stage_depends_on(place: Path, tier: str) -> None:
+    step = steps_of(f'[[stage]]\nrun = "gguf"\ntier = {tier}\n')[0]
+    assert step.files == {"tier 512=lam.csv": Path("lam.csv")}
+
+
 def test_factors_may_be_a_file(place: Path) -> None:
     made = CliRunner().invoke(
         main, ["factors", "yarn", "model", "--target-length", "512", "-o", "f.json"]

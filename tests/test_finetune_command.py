@@ -25,6 +25,7 @@ from longrope_export.factor_files import read_factors, write_factors
 from longrope_export.finetune.metrics import read_metrics
 from longrope_export.models.model import load_model
 from longrope_export.models.torch_model import load_torch_model
+from longrope_export.search.needles import MAX_KEYS
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,12 @@ def test_the_command_killed_at_any_moment_goes_on_to_the_same_losses(
         (["--retrieval-keys", "2"], "--retrieval-keys belongs to --retrieval-share"),
         (["--backend", "gather"], "--backend belongs to --sequence-parallel"),
         (["--needle-keys", "0"], "--needle-keys belongs to --validation-text"),
+        (["--validation-text", "a.txt", "--validation-documents", "0", "--needle-keys", "3"],
+         "--needle-keys belongs to --validation-documents above 0"),
+        (["--validation-text", "a.txt", "--validation-documents", "0", "--validation-length", "9"],
+         "--validation-length belongs to --validation-documents above 0"),
+        (["--needle-keys", "65"], f"65 is not in the range 0<=x<={MAX_KEYS}"),
+        (["--seed", "99999999999"], "not in the range 0<=x<=4294967295"),
         (["--learning-rate", "-1"], "learning_rate is -1"),
         (["--resume"], "no run to resume"),
         (["--sequence-parallel", "2"], "a divisor of the 1 process(es)"),

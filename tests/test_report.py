@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from tiny_models import add_bpe_tokenizer
 
 from longrope_export.cli import main
 from longrope_export.definition import dump_factors
+from longrope_export.factor_files import read_factors
 from longrope_export.ladder import make_config
 from longrope_export.models.model import load_model
 from longrope_export.report.figures import make_plots
-from longrope_export.report.inputs import read_inputs
+from longrope_export.report.inputs import ReportInputs, read_inputs
+from longrope_export.report.model_card import make_model_card
 
 HOSTILE = '<script>document.title="owned"</script><img src="http://example.com/x.png">&"\''
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)  # fmt: skip
@@ -266,6 +269,21 @@ def test_a_hub_reads_the_model_card(root: Path, tmp_path: Path) -> None:
     assert "## Numerical parity" in text and "## How to run it" in text and "OnnxModel" in text
     for image in re.findall(r"!\[[^]]*\]\((\S+)\)", text):
         assert (tmp_path / image).is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [({"provenance": {"method": "other"}}, 1), ({"rope_theta": 5e5}, 2), ({"layers": (1,)}, 2)],
+)
+def test_definitions_are_shown_once_each(root: Path, change: dict[str, Any], shown: int) -> None:
+    config = read_factors(root / "f.json", None)
+    inputs = ReportInputs(factors=[("one", config), ("other", replace(config, **change))])
+    assert len(inputs.configs()) == shown
+
+
+def test_a_plot_with_a_space_in_its_path_is_a_link() -> None:
+    card = make_model_card(ReportInputs(), "toy", images=["my plots/a (1).png"])
+    assert "](my%20plots/a%20%281%29.png)" in card
 
 
 def test_wrong_inputs(root: Path, tmp_path: Path) -> None:

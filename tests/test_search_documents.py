@@ -146,7 +146,9 @@ def test_needles_are_asked_for_at_the_end_and_keep_the_length(num_keys: int) -> 
 
 
 def test_a_window_too_short_for_its_needles_is_refused() -> None:
-    with pytest.raises(ConfigError, match="too short for 5 needles"):
+    with pytest.raises(
+        ConfigError, match=r"too short for 5 needles.*: give --needle-keys with fewer"
+    ):
         make_needles(
             Document(tuple(range(100))),
             lambda text: list(text.encode()),

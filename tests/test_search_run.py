@@ -418,7 +418,8 @@ def arguments(model: Path, run: Path, *more: str) -> list[str]:
     given += ["-o", str(run), "--documents", "2,1,1"]
     if "--ladder" not in more:
         given += ["--population", "4", "--iterations", "2"]
-    needles = [] if "--recover" in more or "--needle-keys" in more else ["--needle-keys", "0"]
+    others = {"--recover", "--needle-keys", "--switch"}  # ignore them, or are them
+    needles = [] if others & {*more} else ["--needle-keys", "0"]
     return [*given, *needles, *more]
 
 
@@ -470,6 +471,11 @@ def test_the_command_killed_at_any_moment_resumes_to_the_same_result(
         (["--against", "yarn-ladder"], "ladders belong to --ladder"),
         (["--budget-tokens", "0"], "--budget-tokens must be above 0"),
         (["--budget-minutes", "-1"], "--budget-minutes must be above 0"),
+        (["--budget-tokens", "nan"], "--budget-tokens must be above 0 and finite, got nan"),
+        (["--budget-tokens", "inf"], "--budget-tokens must be above 0 and finite, got inf"),
+        (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
+        (["--recover", "32", "--recover-cap", "inf"], "--recover-cap must be above 0 and finite"),
+        (["--recover", "32", "--recover-cap", "nan"], "--recover-cap must be above 0 and finite"),
         (["--population", "0"], "--population and --documents must be 1 or more"),
         (["--needle-keys", "100"], "--needle-keys must be 0..64"),
         (["--tier-tokens", "5"], "--tier-tokens belongs to --ladder"),
@@ -477,6 +483,13 @@ def test_the_command_killed_at_any_moment_resumes_to_the_same_result(
         (["--ladder", "64,128", "--attention-factor", "none"], "does not use --attention-factor"),
         (["--ladder", "64,128", "--recover", "32"], "two searches"),
         (["--algorithm", "practical"], "does not use --population"),
+        (["--recover", "32", "--algorithm", "practical"], "practical does not use --population"),
+        (["--recover", "32", "--gradient-steps", "3"], "longrope does not use --gradient-steps"),
+        (
+            ["--ladder", "64,128", "--no-refine", "--tier-tokens", "8"],
+            "--no-refine does not use --tier-tokens",
+        ),
+        (["--switch", "causal", "--needle-keys", "7"], "--switch does not use --needle-keys"),
     ],
 )
 def test_bad_input_is_one_clear_error(
@@ -486,6 +499,23 @@ def test_bad_input_is_one_clear_error(
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "run" / "factors.json").exists()
+
+
+@pytest.mark.parametrize("name", ["family_evaluations", "gradient_steps"])
+def test_stages_of_the_practical_search_are_no_negative_numbers(name: str) -> None:
+    option = name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"--{option} must be 0 or more, got -1"):
+        PracticalSettings(**{name: -1})
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"options": 1}', "\xff"])
+def test_damaged_settings_are_one_clear_error(
+    with_tokenizer: Path, tmp_path: Path, damage: str
+) -> None:
+    (tmp_path / "settings.json").write_text(damage, encoding="latin-1")
+    result = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path, "--resume"))
+    assert result.exit_code == 2
+    assert "settings.json: damaged: " in result.stderr
 
 
 def test_a_model_without_rope_is_refused(tmp_path: Path, with_tokenizer: Path) -> None:

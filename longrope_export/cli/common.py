@@ -22,6 +22,7 @@ N = TypeVar("N", int, float)
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
 OUTPUT_PATH = click.Path(path_type=Path)
+SEED = click.IntRange(0, 2**32 - 1)  # what numpy and torch both take
 
 
 def model_options(command: F) -> F:

@@ -10,6 +10,7 @@ import click
 
 from longrope_export.cli.common import (
     CONTEXT_SETTINGS,
+    SEED,
     factor_options,
     given_factors,
     is_quiet,
@@ -29,6 +30,8 @@ from longrope_export.cli.finetune_parts import (
 from longrope_export.cli.finetune_progress import say_result, show_progress, silence, write_plot
 from longrope_export.finetune.recipes import Layout, Rule, Schedule, load_recipe
 
+MAX_KEYS = 64  # of search.needles, which imports numpy
+
 
 @click.command(context_settings=CONTEXT_SETTINGS)
 @model_options
@@ -44,7 +47,7 @@ from longrope_export.finetune.recipes import Layout, Rule, Schedule, load_recipe
 @click.option(
     "--validation-length", type=click.IntRange(min=2), help="Tokens of such a window [the target]."
 )
-@click.option("--needle-keys", type=click.IntRange(min=0), default=5, show_default=True,
+@click.option("--needle-keys", type=click.IntRange(0, MAX_KEYS), default=5, show_default=True,
               help="Keys hidden in as many documents more; 0: none.")  # fmt: skip
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run."
@@ -88,7 +91,7 @@ from longrope_export.finetune.recipes import Layout, Rule, Schedule, load_recipe
     show_default=True,
     help="Between checkpoints.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
               show_default=True, help="Of the products of matrices.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[the GPU if there is one].")
@@ -139,7 +142,7 @@ def command(
     if config is None:
         raise ConfigError("finetune needs --factors or --tier: factors to train under")
     chosen = load_recipe(recipe).with_values(changed)
-    refuse_ignored(chosen, sequence_parallel, validation_texts)
+    refuse_ignored(chosen, sequence_parallel, validation_texts, validation_documents)
     check_recipe(chosen, config)
     if sequence_parallel > 1 and chosen.rule is not Rule.FROZEN:
         raise ConfigError(

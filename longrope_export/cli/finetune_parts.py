@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from longrope_export.models.model import Model
 
 
-def refuse_ignored(recipe: Recipe, ranks: int, validation_texts: tuple[str, ...]) -> None:
+def refuse_ignored(
+    recipe: Recipe, ranks: int, validation_texts: tuple[str, ...], validation_documents: int
+) -> None:
     """Refuse options that nothing would look at.
 
     Raises:
@@ -37,6 +39,11 @@ def refuse_ignored(recipe: Recipe, ranks: int, validation_texts: tuple[str, ...]
             ("validation_documents", "validation_length", "needle_keys"),
             "--validation-text",
             bool(validation_texts),
+        ),
+        (
+            ("validation_length", "needle_keys"),
+            "--validation-documents above 0",
+            validation_documents > 0,
         ),
     )
     for names, needed, is_there in groups:

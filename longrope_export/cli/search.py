@@ -13,6 +13,7 @@ import click
 
 from longrope_export.cli.common import (
     CONTEXT_SETTINGS,
+    SEED,
     is_quiet,
     json_option,
     model_options,
@@ -88,7 +89,7 @@ ALGORITHMS = ("longrope", "longrope2", "practical")
               help="practical: steps along the gradient.")  # fmt: skip
 @click.option("--needle-keys", type=int, default=5, show_default=True,
               help="Keys by which the rules are compared; 0: none.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
               show_default=True, help="Of the model.")  # fmt: skip
 @click.option("--device", "devices", multiple=True, metavar="DEVICE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from longrope_export.search.options import SearchOptions
     from longrope_export.search.run_base import Texts
 
-# what each kind of search would ignore, by parameter name
+# what each kind of search, and some options, would ignore, by parameter name
 _IGNORED = {
     "--ladder": (
         "algorithm", "attention", "no_start_tokens", "population", "iterations", "gradient_steps",
@@ -29,6 +30,8 @@ _IGNORED = {
         "no_start_tokens", "family_evaluations", "gradient_steps", "warm_start",
     ),
     "--algorithm practical": ("population", "iterations"),
+    "--no-refine": ("tier_tokens",),
+    "--switch": ("needle_keys",),
 }  # fmt: skip
 _NEED = {"no_refine": "ladder", "tier_tokens": "ladder", "recover_cap": "recover"}
 
@@ -52,10 +55,18 @@ def refuse_ignored(given: dict[str, Any]) -> None:
     if len(kinds) == 2:
         raise ConfigError("--ladder and --recover are two searches: give one")
     kind = kinds[0] if kinds else f"--algorithm {given['algorithm']}"
-    for name in _IGNORED[kind]:
-        if is_set(name):
-            option = {"attention": "attention-factor"}.get(name, name.replace("_", "-"))
-            raise ConfigError(f"{kind} does not use --{option}: it would be ignored")
+    used = [kind]
+    if given["recover"]:
+        used.append(f"--algorithm {given['algorithm']}")
+    if given["no_refine"]:
+        used.append("--no-refine")
+    if given["switch"]:
+        used.append("--switch")
+    for what in used:
+        for name in _IGNORED[what]:
+            if is_set(name):
+                option = {"attention": "attention-factor"}.get(name, name.replace("_", "-"))
+                raise ConfigError(f"{what} does not use --{option}: it would be ignored")
     for name, needed in _NEED.items():
         if is_set(name) and not given[needed]:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --{needed}")
@@ -104,6 +115,7 @@ def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
     from dataclasses import replace
 
     from longrope_export.config import SwitchPolicy
+    from longrope_export.errors import ConfigError
     from longrope_export.search.algorithms import Algorithm
     from longrope_export.search.evaluator import Budget
     from longrope_export.search.evolution import EvolutionSettings
@@ -116,6 +128,8 @@ def make_options(given: dict[str, Any], warm: Any) -> SearchOptions:
         attention = "search" if algorithm is Algorithm.PRACTICAL else "longrope"
     sizes = {name: given[name] for name in ("population", "iterations") if given[name] is not None}
     tokens, minutes = given["budget_tokens"], given["budget_minutes"]
+    if tokens is not None and not isfinite(tokens):
+        raise ConfigError(f"--budget-tokens must be above 0 and finite, got {tokens}")
     return SearchOptions(
         target_length=target,
         algorithm=algorithm,

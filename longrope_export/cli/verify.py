@@ -11,6 +11,7 @@ import click
 from longrope_export.cli.common import (
     CONTEXT_SETTINGS,
     OUTPUT_PATH,
+    SEED,
     factor_options,
     given_factors,
     input_files,
@@ -44,7 +45,7 @@ _MISSED = 1
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="What is read, UTF-8; also shows whether tokenizers agree [random tokens].",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random tokens.")
 @click.option(
     "--limit",
     "limits",

@@ -22,6 +22,7 @@ _WHOLE = {
     "window": 2, "tokens": 2, "steps": 1, "batch_size": 1, "warmup_steps": 0, "chunks": 1,
     "lora_rank": 0, "lora_alpha": 1, "retrieval_keys": 1,
 }  # fmt: skip
+_FLAGS = ("true_places", "gradient_checkpointing")
 # whether 0 itself is left out
 _REAL = {
     "epochs": True, "learning_rate": True, "short_share": False, "weight_decay": False,
@@ -131,20 +132,23 @@ class Recipe:
         object.__setattr__(self, "schedule", self._choice("schedule", Schedule))
         object.__setattr__(self, "layout", self._choice("layout", Layout))
         object.__setattr__(self, "rule", self._choice("rule", Rule))
-        object.__setattr__(self, "betas", tuple(self.betas))
         if (self.steps is None) == (self.epochs is None):
             raise self._error("give steps or epochs, one of them")
         for field, least in _WHOLE.items():
             value = getattr(self, field)
             if value is not None and (type(value) is not int or value < least):
                 raise self._error(f"{field} is {value!r}, expected a whole number from {least} on")
+        for field in _FLAGS:
+            if not isinstance(getattr(self, field), bool):
+                raise self._error(f"{field} is {getattr(self, field)!r}, expected true or false")
         for field, above in _REAL.items():
             value = getattr(self, field)
-            is_number = isinstance(value, float | int) and math.isfinite(value)
+            is_number = type(value) in (float, int) and math.isfinite(value)
             if value is not None and not (is_number and (value > 0 if above else value >= 0)):
                 raise self._error(f"{field} is {value!r}, expected a number {'above' if above else 'from'} 0")  # fmt: skip
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise self._error(f"betas are {list(self.betas)}, expected two numbers in [0, 1)")
+        if not _are_betas(self.betas):
+            raise self._error(f"betas are {self.betas!r}, expected two numbers in [0, 1)")
+        object.__setattr__(self, "betas", tuple(self.betas))
 
     def _error(self, words: str) -> ConfigError:
         return ConfigError(f"recipe {self.name}: {words}")
@@ -179,6 +183,12 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return dataclasses.asdict(self) | {"betas": list(self.betas)}
+
+
+def _are_betas(values: Any) -> bool:
+    if not isinstance(values, list | tuple) or len(values) != 2:
+        return False
+    return all(type(value) in (float, int) and 0 <= value < 1 for value in values)
 
 
 def recipe_names() -> list[str]:

@@ -57,7 +57,9 @@ class Retrieval:
         Raises:
             ConfigError: the row is too short for the numbers.
         """
-        found = make_needles(Document(tuple(ids.tolist())), self.encode, self.keys, rng)
+        text = Document(tuple(ids.tolist()))
+        way_out = "give fewer by retrieval_keys, or longer rows"
+        found = make_needles(text, self.encode, self.keys, rng, way_out=way_out)
         hidden = np.array(found.ids, np.int32)
         targets = np.full(len(hidden), IGNORED, np.int32)
         for begin, end in found.answers:

@@ -129,8 +129,9 @@ class StageReader:
                 and Path(value).exists()
             ):
                 draft.files[f"{key} {value}"] = Path(value)
-            elif key == "tier" and isinstance(value, list):
-                draft.files |= {f"tier {v}": Path(str(v).partition("=")[2]) for v in value}
+            elif key == "tier":
+                tiers = value if isinstance(value, list) else [value]
+                draft.files |= {f"tier {v}": Path(str(v).partition("=")[2]) for v in tiers}
             elif key not in MACHINE:
                 draft.settings[key] = json.dumps(value, default=str)
             if value is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +199,5 @@ def _checked_search(path: Path) -> dict[str, Any]:
 
 
 def _same(one: LongRopeConfig, other: LongRopeConfig) -> bool:
-    return (one.tiers, one.switch, one.logit_scaling) == (
-        other.tiers,
-        other.switch,
-        other.logit_scaling,
-    )
+    """Whether they say the same, wherever they come from."""
+    return replace(one, provenance={}) == replace(other, provenance={})

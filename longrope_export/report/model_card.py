@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from longrope_export.evaluate.needle import KINDS
 from longrope_export.evaluate.perplexity import perplexity_of
@@ -52,7 +53,7 @@ def make_model_card(
             lines += [f"## {table.title}", "", markdown_table(table)]
             if table.note:
                 lines += [table.note, ""]
-    lines += [line for image in images for line in (f"![{Path(image).stem}]({image})", "")]
+    lines += [line for image in images for line in (f"![{Path(image).stem}]({quote(image)})", "")]
     for _, certificate in inputs.certificates:
         lines += [certificate_markdown(certificate)]
     lines += _usage(inputs)

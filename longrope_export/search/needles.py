@@ -17,6 +17,7 @@ from longrope_export.search.jobs import Document
 _ADJECTIVES = ("numerous", "quiet", "amber", "hollow", "distant", "gentle", "rusty", "early")
 _NOUNS = ("kite", "harbor", "lantern", "meadow", "anvil", "orchard", "compass", "glacier")
 MAX_KEYS = len(_ADJECTIVES) * len(_NOUNS)
+FEWER = "give --needle-keys with fewer, or 0 for none"
 _TASK = "Some special magic numbers are hidden in the following text. Memorize them.\n"
 _NEEDLE = " One of the special magic numbers for {key} is: {value}. "
 _QUESTION = "\nThe special magic number for {key} mentioned in the text is:"
@@ -28,6 +29,8 @@ def make_needles(
     num_keys: int,
     rng: np.random.Generator,
     start: Sequence[int] = (),
+    *,
+    way_out: str = FEWER,
 ) -> Document:
     """A document of the same length with keys in it and questions at its end.
 
@@ -36,6 +39,7 @@ def make_needles(
         encode: token ids of a text, without special tokens.
         num_keys: 1 puts the needle at the beginning; more stand at even depths.
         start: ids in front of everything.
+        way_out: what to do about a window that is too short, for the message.
 
     Raises:
         ConfigError: the window is too short for the sentences.
@@ -52,7 +56,7 @@ def make_needles(
     if room < num_keys:
         raise ConfigError(
             f"a window of {len(haystack.ids)} tokens is too short for {num_keys} needles, which "
-            f"take {fixed} tokens"
+            f"take {fixed} tokens: {way_out}"
         )
     text = haystack.ids[len(start) : len(start) + room]
     ids = list(head)

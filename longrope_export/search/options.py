@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,8 @@ class SearchOptions:
             raise ConfigError(f"--tier-tokens must be 1 or more, got {self.tier_tokens}")
         if not 0 <= self.needle_keys <= MAX_KEYS:
             raise ConfigError(f"--needle-keys must be 0..{MAX_KEYS}, got {self.needle_keys}")
+        if not 0 < self.recover_cap < math.inf:
+            raise ConfigError(f"--recover-cap must be above 0 and finite, got {self.recover_cap}")
         if self.recover and min(self.recover) < 1:
             raise ConfigError(f"--recover: lengths must be 1 or more, got {self.recover}")
         if self.attention != SEARCHED_ATTENTION:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from longrope_export.config import FactorTier
+from longrope_export.errors import ConfigError
 from longrope_export.rope import FloatArray, yarn_attention_factor
 from longrope_export.search.evaluator import BudgetSpentError, Difference, Fitness
 from longrope_export.search.family import STARTS, from_coordinates, minimise
@@ -44,6 +45,12 @@ class PracticalSettings:
     gradient_steps: int = 24
     litter: int = 8
     patience: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("family_evaluations", "gradient_steps"):
+            if getattr(self, name) < 0:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass

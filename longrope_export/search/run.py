@@ -18,7 +18,7 @@ from longrope_export.search.evaluator import Budget, Fitness, single_tier
 from longrope_export.search.jobs import Document, Span
 from longrope_export.search.judge import better_rule, choose, measure_rules, tabulate
 from longrope_export.search.ladder_search import LadderSearch, LadderSettings
-from longrope_export.search.needles import make_needles
+from longrope_export.search.needles import FEWER, make_needles
 from longrope_export.search.options import CLOSED_FORMS, SEARCHED_ATTENTION, Outcome
 from longrope_export.search.run_base import SETS, Run, Texts, indices_of, names_of
 from longrope_export.search.space import START_TOKENS, SearchSpace, make_space, with_start
@@ -243,17 +243,20 @@ class SearchRun(Run):
         self, documents: list[Document], texts: Texts, rng: np.random.Generator
     ) -> dict[str, list[int]]:
         """Documents with needles, behind the others; their indices."""
-        wanted: list[tuple[str, Sequence[Document], int]] = []
+        wanted: list[tuple[str, Sequence[Document], int, str]] = []
         if self.options.algorithm is Algorithm.LONGROPE2:
-            wanted += [(f"{name}, one key", getattr(self.split, name), 1) for name in SETS]
+            way_out = "give a longer --target-length, or another --algorithm"
+            wanted += [(f"{name}, one key", getattr(self.split, name), 1, way_out) for name in SETS]
         if self.options.switch is None and self.options.needle_keys:
-            wanted.append(("validation", self.split.validation, self.options.needle_keys))
+            wanted.append(("validation", self.split.validation, self.options.needle_keys, FEWER))
         indices: dict[str, list[int]] = {}
-        for name, haystacks, keys in wanted:
+        for name, haystacks, keys, way_out in wanted:
             indices[name] = []
             for haystack in haystacks:
                 indices[name].append(len(documents))
-                documents.append(make_needles(haystack, texts.encode, keys, rng, texts.start))
+                documents.append(
+                    make_needles(haystack, texts.encode, keys, rng, texts.start, way_out=way_out)
+                )
         return indices
 
     def indices(self, name: str) -> list[int]:
