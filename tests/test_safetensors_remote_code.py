@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def test_the_whole_config_is_computed_for_those_who_trust_the_file(
             expected = hf_reference.reference_logits(model, config, tokens(length)[0], None)
             difference = np.abs(expected.detach().numpy() - found[f"{folder} {length}"]).max()
             assert difference <= 1e-4, f"{family}, {length} tokens: {difference}"
+
+
+def test_layers_that_are_not_named_stay_plain(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, _ = folders["Llama"]
+    config = replace(everything(source), layers=(1,))
+    export(source, config, tmp_path / "out", remote_code=True)
+    found = load_plainly(tmp_path / "logits.npz", (20,), [tmp_path / "out"], trust=True)
+    model = hf_reference.toy_model("Llama", vocab_size=320)
+    expected = hf_reference.reference_logits(model, config, tokens(20)[0], None)
+    assert np.abs(expected.detach().numpy() - found[f"{tmp_path / 'out'} 20"]).max() <= 1e-4
 
 
 def test_without_trust_the_folder_is_a_stock_model(
