@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from longrope_rotary import tokens
 from test_safetensors import export, load_plainly, two_tiers
+from tiny_models import edit_json
 
 from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig
 from longrope_export.definition import to_json
@@ -107,6 +109,25 @@ def test_what_stands_in_the_folder(folders: dict[str, tuple[Path, Path]], tmp_pa
     export(folder, two_tiers(source), tmp_path / "stock")
     assert "auto_map" not in json.loads((tmp_path / "stock" / "config.json").read_text())
     assert not list((tmp_path / "stock").glob("*.py"))
+
+
+def test_the_modelling_code_of_the_source_survives_every_export(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    first, second, trusted = (tmp_path / name for name in ("1", "2", "trusted"))
+    source = Path(shutil.copytree(folders["Llama"][0], tmp_path / "source"))
+    theirs = {"AutoModelForCausalLM": "modeling_theirs.Theirs", "AutoTokenizer": ["a.B", None]}
+    edit_json(source / "config.json", auto_map=theirs)
+    (source / "modeling_theirs.py").write_text("class Theirs: ...")
+    export(source, two_tiers(source), first)
+    notes = export(first, two_tiers(source), second)["notes"]
+    assert json.loads((second / "config.json").read_text())["auto_map"] == theirs
+    assert (second / "modeling_theirs.py").is_file()
+    assert any("carried along and used" in note for note in notes)
+    notes = export(second, everything(source), trusted, remote_code=True)["notes"]
+    assert (trusted / "modeling_theirs.py").is_file()
+    assert not any("carried along and used" in note for note in notes)
+    assert any("names ours in its place" in note for note in notes)
 
 
 def test_an_architecture_without_a_modelling_file_is_refused_before_writing(

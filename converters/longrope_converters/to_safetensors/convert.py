@@ -17,7 +17,7 @@ from longrope_converters.base import ExportReport, Progress
 from longrope_converters.to_safetensors.hf_folder import (
     copy_other_files,
     copy_weights,
-    our_code_files,
+    foreign_code,
     read_source_folder,
 )
 from longrope_converters.to_safetensors.notes import rope_notes, source_notes, stock_losses
@@ -138,7 +138,7 @@ class SafetensorsConverter:
             text = _definition_text(definition)
             copy_weights(source, folder, text, link=self.options.link, progress=progress)
         route = "linked" if self.options.link else "copied"
-        notes = (*notes, *source_notes(source))
+        notes = (*notes, *source_notes(source, remote_code=self.options.remote_code))
         return self._report(model, definition, output, route, notes)
 
     def _convert_gguf(
@@ -215,9 +215,10 @@ class SafetensorsConverter:
         model: Model,
     ) -> None:
         """config.json, longrope.json, and the modelling file if asked for."""
-        settings = {key: value for key, value in values.items() if key != DEFINITION_KEY}
-        if our_code_files(values):
-            del settings["auto_map"]
+        replaced = (DEFINITION_KEY, "auto_map")
+        settings = {key: value for key, value in values.items() if key not in replaced}
+        if code := foreign_code(values):
+            settings["auto_map"] = code
         text = json.dumps(settings, indent=2)
         if definition is not None:
             settings = write_stock_rope(

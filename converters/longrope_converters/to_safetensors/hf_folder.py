@@ -15,6 +15,7 @@ from longrope_converters.to_safetensors.weights import (
     copy_with_definition,
     link_file,
 )
+from longrope_export.hf_runtime.remote_code import FILE_NAME as CODE_FILE
 from longrope_export.models.hf_config import read_json_object
 from longrope_export.stock_rope import DEFINITION_FILE, DEFINITION_KEY
 
@@ -56,7 +57,9 @@ def read_source_folder(folder: Path) -> SourceFolder:
     """
     values = read_json_object(folder / "config.json")
     shards = tuple(sorted({tensor.path for tensor in read_checkpoint(folder).values()}))
-    rewritten = {"config.json", DEFINITION_FILE, *our_code_files(values)}
+    rewritten = {"config.json", DEFINITION_FILE}
+    if DEFINITION_KEY in values:
+        rewritten.add(CODE_FILE)
     carried: list[Path] = []
     left: list[str] = []
     for path in sorted(folder.iterdir()):
@@ -75,13 +78,17 @@ def read_source_folder(folder: Path) -> SourceFolder:
     return SourceFolder(folder, values, shards, tuple(carried), tuple(left))
 
 
-def our_code_files(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Modelling files that an earlier export of ours wrote and named in config.json."""
+def foreign_code(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json's auto_map names, but for the modelling file of an earlier export of ours."""
     auto_map = values.get("auto_map")
-    if DEFINITION_KEY not in values or not isinstance(auto_map, Mapping):
-        return ()
-    names = (str(entry).rpartition(".")[0] for entry in auto_map.values())
-    return tuple(f"{name}.py" for name in names if name)
+    if not isinstance(auto_map, Mapping):
+        return {}
+    ours = f"{CODE_FILE.removesuffix('.py')}."
+    return {
+        name: entry
+        for name, entry in auto_map.items()
+        if DEFINITION_KEY not in values or not str(entry).startswith(ours)
+    }
 
 
 def copy_weights(
