@@ -312,6 +312,14 @@ def test_exporting_an_export(folder: Path, tmp_path: Path) -> None:
     assert tensors_of(third) == tensors_of(folder)
 
 
+def test_the_certificate_of_an_export_is_not_one_of_the_next(folder: Path, tmp_path: Path) -> None:
+    export(folder, two_tiers(folder), tmp_path / "1")
+    (tmp_path / "1" / "longrope-certificate.json").write_text("{}")
+    report = export(tmp_path / "1", two_tiers(folder, scale=1.1), tmp_path / "2")
+    assert not (tmp_path / "2" / "longrope-certificate.json").exists()
+    assert "left behind: longrope-certificate.json" in report["notes"]
+
+
 def test_a_definition_that_contradicts_config_json_is_refused(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     export(folder, two_tiers(folder), output)

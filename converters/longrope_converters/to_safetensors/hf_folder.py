@@ -18,6 +18,7 @@ from longrope_converters.to_safetensors.weights import (
 from longrope_export.hf_runtime.remote_code import FILE_NAME as CODE_FILE
 from longrope_export.models.hf_config import read_json_object
 from longrope_export.stock_rope import DEFINITION_FILE, DEFINITION_KEY
+from longrope_export.verify.certificate import FILE_NAME as CERTIFICATE
 
 # weights in other forms, and their indexes: the safetensors files are the model
 _OTHER_WEIGHTS = (
@@ -71,7 +72,7 @@ def read_source_folder(folder: Path) -> SourceFolder:
                 carried += [file.relative_to(folder) for file in inside]
             else:
                 left.append(f"{path.name}/")
-        elif _is_other_weight(path.name) or not path.is_file():
+        elif _is_other_weight(path.name) or path.name == CERTIFICATE or not path.is_file():
             left.append(path.name)
         else:
             carried.append(path.relative_to(folder))
