@@ -130,6 +130,18 @@ def test_the_modelling_code_of_the_source_survives_every_export(
     assert any("names ours in its place" in note for note in notes)
 
 
+def test_a_config_without_architectures_gets_the_class_of_its_family(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    for family in ("Llama", "Gemma3"):
+        source = Path(shutil.copytree(folders[family][0], tmp_path / f"{family}-source"))
+        edit_json(source / "config.json", architectures=None)
+        export(source, everything(source), tmp_path / family, remote_code=True)
+        auto_map = json.loads((tmp_path / family / "config.json").read_text())["auto_map"]
+        expected = f"modeling_longrope.LongRope{family}ForCausalLM"
+        assert auto_map == {"AutoModelForCausalLM": expected}
+
+
 def test_an_architecture_without_a_modelling_file_is_refused_before_writing(
     folders: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from longrope_converters.to_safetensors.notes import rope_notes, source_notes, s
 from longrope_export.config import LongRopeConfig
 from longrope_export.definition import dump_factors, to_json
 from longrope_export.errors import UnsupportedError
+from longrope_export.hf_runtime.remote_code import ARCHITECTURES, modeling_source
 from longrope_export.honours import honours
 from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
@@ -102,7 +103,7 @@ class SafetensorsConverter:
                 f"transformers applies longrope factors"
             )
         if options.remote_code:
-            _modeling_source(_architecture(model))
+            modeling_source(_architecture(model))
         lost = stock_losses(definition, model)
         if lost and not options.remote_code and not options.approximate:
             fields = "\n".join(f"  {name}: {note}" for name, note in lost.items())
@@ -261,24 +262,20 @@ def _definition_text(definition: LongRopeConfig | None) -> str:
 
 
 def _architecture(model: Model) -> str:
-    """The class in transformers; a GGUF names its own architecture instead."""
-    return model.architecture if model.kind is ModelKind.HF else model.family.hf_architectures[0]
+    """The class in transformers.
 
-
-def _modeling_source(architecture: str) -> tuple[str, str, str]:
-    """File name, class name, text.
-
-    Raises:
-        UnsupportedError: no modelling file is known for this architecture.
+    Of the family, where the model names none: a GGUF, and a config.json without `architectures`.
     """
-    from longrope_export.hf_runtime.remote_code import modeling_source
-
-    source: tuple[str, str, str] = modeling_source(architecture)
-    return source
+    family = model.family
+    only_type = model.architecture == (family.text_model_type or family.name)
+    if model.kind is ModelKind.HF and not only_type:
+        return model.architecture
+    known = (name for name in family.hf_architectures if name in ARCHITECTURES)
+    return next(known, family.hf_architectures[0])
 
 
 def _write_code(folder: Path, architecture: str) -> dict[str, str]:
     """The modelling file, and its entry in auto_map."""
-    file_name, class_name, text = _modeling_source(architecture)
+    file_name, class_name, text = modeling_source(architecture)
     (folder / file_name).write_text(text, encoding="utf-8")
     return {"AutoModelForCausalLM": f"{file_name.removesuffix('.py')}.{class_name}"}
