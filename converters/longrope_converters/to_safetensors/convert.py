@@ -137,7 +137,8 @@ class SafetensorsConverter:
             target = (definition or model.native).max_position_embeddings
             notes = copy_other_files(source, folder, target)
             text = _definition_text(definition)
-            copy_weights(source, folder, text, link=self.options.link, progress=progress)
+            link = self.options.link
+            notes += copy_weights(source, folder, text, link=link, progress=progress)
         route = "linked" if self.options.link else "copied"
         notes = (*notes, *source_notes(source, remote_code=self.options.remote_code))
         return self._report(model, definition, output, route, notes)

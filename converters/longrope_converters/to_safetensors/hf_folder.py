@@ -14,6 +14,7 @@ from longrope_converters.to_safetensors.weights import (
     copy_file,
     copy_with_definition,
     link_file,
+    read_definition,
 )
 from longrope_export.hf_runtime.remote_code import FILE_NAME as CODE_FILE
 from longrope_export.models.hf_config import read_json_object
@@ -94,17 +95,27 @@ def foreign_code(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def copy_weights(
     source: SourceFolder, output: Path, definition: str, *, link: bool, progress: Progress
-) -> None:
-    """Bring the shards into `output`; the definition goes into the first one unless linked."""
+) -> tuple[str, ...]:
+    """Bring the shards into `output`; the definition goes into the first one unless linked.
+
+    A shard that holds another definition is never linked, but copied with the new one. Returns
+    notes.
+    """
+    notes = []
     for number, shard in enumerate(source.shards):
         target = output / shard.name
-        if link:
+        held = read_definition(shard)
+        is_outdated = held is not None and held != definition
+        if link and not is_outdated:
             link_file(shard, target)
             progress(shard.stat().st_size)
-        elif number == 0:
+        elif number == 0 or is_outdated:
             copy_with_definition(shard, target, definition, progress)
         else:
             copy_file(shard, target, progress)
+        if link and is_outdated:
+            notes.append(f"{shard.name} is copied, not linked: its metadata held other factors")
+    return tuple(notes)
 
 
 def copy_other_files(source: SourceFolder, output: Path, target_length: int) -> tuple[str, ...]:
