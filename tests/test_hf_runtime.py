@@ -52,6 +52,18 @@ def cached_logits(model: Any, ids: Tensor, mask: Tensor, cuts: list[int]) -> Ten
 
 
 @pytest.mark.parametrize("switch", ["causal", "sequence"])
+@torch.no_grad()
+def test_padding_in_the_middle_does_not_end_a_document(switch: str) -> None:
+    model, row = toy_model(), rows()[2]
+    apply_longrope(model, toy_config(model, switch))
+    gap = torch.zeros(3, dtype=torch.long)
+    ids = torch.cat((gap, row[:5], gap, row[5:], gap))[None]
+    mask = (ids != 0).long()
+    logits = model(ids, attention_mask=mask).logits[mask == 1]
+    torch.testing.assert_close(logits, model(row[None]).logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("switch", ["causal", "sequence"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_family_computes_the_definition(family: str, switch: str) -> None:

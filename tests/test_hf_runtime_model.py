@@ -321,6 +321,16 @@ def test_only_named_layers_are_rescaled(family: str) -> None:
 
 
 @torch.no_grad()
+def test_other_layers_are_plain_though_the_model_has_a_scaling_of_its_own() -> None:
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": THETA}
+    model, ids = toy_model(rope_parameters=linear), some_ids(1, 20)
+    config = toy_config(model, layers=(1,))
+    expected = reference_logits(model, config, ids[0], None)
+    apply_longrope(model, config)
+    torch.testing.assert_close(model(ids).logits[0], expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_removing_gives_the_model_back() -> None:
     model = toy_model("Gemma3")
     ids = some_ids(1, 20)

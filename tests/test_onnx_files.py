@@ -155,6 +155,13 @@ def test_the_command(tmp_path: Path, llama: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "out"]
 
 
+def test_a_certified_export_can_be_replaced(tmp_path: Path, llama: Path) -> None:
+    output = export(llama, None, tmp_path / "out")
+    (output / "longrope-certificate.json").write_text("{}")
+    export(llama, None, output, force=True)
+    assert not (output / "longrope-certificate.json").exists()
+
+
 def test_without_the_extra_the_pip_line_is_given(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime_genai as genai
 import pytest
 from test_onnx import CLOSE, export, make_source, three_tiers, tokens
-from tiny_models import CHAT_TEMPLATE, add_bpe_tokenizer
+from tiny_models import CHAT_TEMPLATE, add_bpe_tokenizer, edit_json
 
 from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
 from longrope_export.config import LongRopeConfig, SwitchPolicy
@@ -94,6 +94,16 @@ def test_a_batch_of_unequal_prompts(exported: Path) -> None:
         assert any(
             together[start : start + STEPS] == alone for start in range(len(together) - STEPS + 1)
         )
+
+
+def test_null_tokens_in_generation_config_leave_those_of_config(tmp_path: Path) -> None:
+    folder = make_source(tmp_path / "model")
+    edit_json(folder / "config.json", bos_token_id=3, eos_token_id=[4, 5], pad_token_id=6)
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    (folder / "generation_config.json").write_text(json.dumps(tokens))
+    output = export(folder, None, tmp_path / "out")
+    model = json.loads((output / "genai_config.json").read_text())["model"]
+    assert [model[key] for key in tokens] == [3, [4, 5], 6]
 
 
 def test_settings_tokenizer_and_report(tmp_path: Path, source: Path) -> None:

@@ -195,6 +195,21 @@ def test_linked_weights_are_the_same_files(folder: Path, tmp_path: Path) -> None
     assert load_model(tmp_path / "out").native == two_tiers(folder)
 
 
+def test_a_shard_with_other_factors_is_not_linked(folder: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    export(folder, two_tiers(folder), old)
+    same = export(old, None, tmp_path / "same", link=True)
+    assert shards(tmp_path / "same")[0].samefile(shards(old)[0])
+    config = two_tiers(folder, scale=1.1)
+    report = export(old, config, new, link=True)
+    with safe_open(shards(new)[0], framework="np") as file:
+        assert json.loads(file.metadata()["longrope"]) == to_json(config)
+    assert all(a.samefile(b) for a, b in zip(shards(new)[1:], shards(old)[1:], strict=True))
+    assert tensors_of(new) == tensors_of(folder)
+    note = f"{shards(old)[0].name} is copied, not linked: its metadata held other factors"
+    assert note in report["notes"] and note not in same["notes"]
+
+
 def test_config_json_has_every_spelling(folder: Path, tmp_path: Path) -> None:
     """One shape for transformers 4 and 5, vLLM, SGLang, TGI, mlx-lm and ExLlama."""
     config, output = two_tiers(folder), tmp_path / "out"
@@ -310,6 +325,14 @@ def test_exporting_an_export(folder: Path, tmp_path: Path) -> None:
     with safe_open(shards(third)[0], framework="np") as file:
         assert json.loads(file.metadata()["longrope"]) == to_json(two_tiers(folder, scale=1.1))
     assert tensors_of(third) == tensors_of(folder)
+
+
+def test_the_certificate_of_an_export_is_not_one_of_the_next(folder: Path, tmp_path: Path) -> None:
+    export(folder, two_tiers(folder), tmp_path / "1")
+    (tmp_path / "1" / "longrope-certificate.json").write_text("{}")
+    report = export(tmp_path / "1", two_tiers(folder, scale=1.1), tmp_path / "2")
+    assert not (tmp_path / "2" / "longrope-certificate.json").exists()
+    assert "left behind: longrope-certificate.json" in report["notes"]
 
 
 def test_a_definition_that_contradicts_config_json_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longrope_export.errors import OutputError
+from longrope_export.verify.certificate import FILE_NAME as CERTIFICATE
 
 MARKER = "model.onnx"
 TOKENIZER_FILES = (
@@ -20,9 +21,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-#: every name that an export writes
+#: every name that an export writes, and --verify after it
 EXPORTED = frozenset(
-    {MARKER, "model.onnx.data", "rerotate.onnx", "genai_config.json", *TOKENIZER_FILES}
+    {
+        *(MARKER, "model.onnx.data", "rerotate.onnx", "genai_config.json", CERTIFICATE),
+        *TOKENIZER_FILES,
+    }
 )
 
 

@@ -36,13 +36,12 @@ def genai_config(
     Raises:
         ModelError: the source names no end token.
     """
-    config, generation = source.settings, source.generation
-    end = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
-    begin = _token_ids(generation.get("bos_token_id", config.get("bos_token_id")))
-    pad = _token_ids(generation.get("pad_token_id", config.get("pad_token_id"))) or end
+    generation = source.generation
+    begin, end = _token_ids(source, "bos_token_id"), _token_ids(source, "eos_token_id")
+    pad = _token_ids(source, "pad_token_id") or end
     if not end:
         raise ModelError(
-            f"{config.path}: eos_token_id is missing (and in generation_config.json): "
+            f"{source.settings.path}: eos_token_id is missing (and in generation_config.json): "
             f"onnxruntime-genai would not know when to stop"
         )
     caches = {
@@ -134,7 +133,11 @@ def write_tokenizer_files(source: Source, folder: Path, max_length: int) -> tupl
     )
 
 
-def _token_ids(value: Any) -> list[int]:
+def _token_ids(source: Source, key: str) -> list[int]:
+    """Of generation_config.json, else (also where it says null) of config.json."""
+    value = source.generation.get(key)
+    if value is None:
+        value = source.settings.get(key)
     if value is None:
         return []
     return [int(token) for token in value] if isinstance(value, list) else [int(value)]

@@ -17,13 +17,14 @@ from longrope_converters.base import ExportReport, Progress
 from longrope_converters.to_safetensors.hf_folder import (
     copy_other_files,
     copy_weights,
-    our_code_files,
+    foreign_code,
     read_source_folder,
 )
 from longrope_converters.to_safetensors.notes import rope_notes, source_notes, stock_losses
 from longrope_export.config import LongRopeConfig
 from longrope_export.definition import dump_factors, to_json
 from longrope_export.errors import UnsupportedError
+from longrope_export.hf_runtime.remote_code import ARCHITECTURES, modeling_source
 from longrope_export.honours import honours
 from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
@@ -102,7 +103,7 @@ class SafetensorsConverter:
                 f"transformers applies longrope factors"
             )
         if options.remote_code:
-            _modeling_source(_architecture(model))
+            modeling_source(_architecture(model))
         lost = stock_losses(definition, model)
         if lost and not options.remote_code and not options.approximate:
             fields = "\n".join(f"  {name}: {note}" for name, note in lost.items())
@@ -136,9 +137,10 @@ class SafetensorsConverter:
             target = (definition or model.native).max_position_embeddings
             notes = copy_other_files(source, folder, target)
             text = _definition_text(definition)
-            copy_weights(source, folder, text, link=self.options.link, progress=progress)
+            link = self.options.link
+            notes += copy_weights(source, folder, text, link=link, progress=progress)
         route = "linked" if self.options.link else "copied"
-        notes = (*notes, *source_notes(source))
+        notes = (*notes, *source_notes(source, remote_code=self.options.remote_code))
         return self._report(model, definition, output, route, notes)
 
     def _convert_gguf(
@@ -215,9 +217,10 @@ class SafetensorsConverter:
         model: Model,
     ) -> None:
         """config.json, longrope.json, and the modelling file if asked for."""
-        settings = {key: value for key, value in values.items() if key != DEFINITION_KEY}
-        if our_code_files(values):
-            del settings["auto_map"]
+        replaced = (DEFINITION_KEY, "auto_map")
+        settings = {key: value for key, value in values.items() if key not in replaced}
+        if code := foreign_code(values):
+            settings["auto_map"] = code
         text = json.dumps(settings, indent=2)
         if definition is not None:
             settings = write_stock_rope(
@@ -260,24 +263,20 @@ def _definition_text(definition: LongRopeConfig | None) -> str:
 
 
 def _architecture(model: Model) -> str:
-    """The class in transformers; a GGUF names its own architecture instead."""
-    return model.architecture if model.kind is ModelKind.HF else model.family.hf_architectures[0]
+    """The class in transformers.
 
-
-def _modeling_source(architecture: str) -> tuple[str, str, str]:
-    """File name, class name, text.
-
-    Raises:
-        UnsupportedError: no modelling file is known for this architecture.
+    Of the family, where the model names none: a GGUF, and a config.json without `architectures`.
     """
-    from longrope_export.hf_runtime.remote_code import modeling_source
-
-    source: tuple[str, str, str] = modeling_source(architecture)
-    return source
+    family = model.family
+    only_type = model.architecture == (family.text_model_type or family.name)
+    if model.kind is ModelKind.HF and not only_type:
+        return model.architecture
+    known = (name for name in family.hf_architectures if name in ARCHITECTURES)
+    return next(known, family.hf_architectures[0])
 
 
 def _write_code(folder: Path, architecture: str) -> dict[str, str]:
     """The modelling file, and its entry in auto_map."""
-    file_name, class_name, text = _modeling_source(architecture)
+    file_name, class_name, text = modeling_source(architecture)
     (folder / file_name).write_text(text, encoding="utf-8")
     return {"AutoModelForCausalLM": f"{file_name.removesuffix('.py')}.{class_name}"}

@@ -14,9 +14,12 @@ from longrope_converters.to_safetensors.weights import (
     copy_file,
     copy_with_definition,
     link_file,
+    read_definition,
 )
+from longrope_export.hf_runtime.remote_code import FILE_NAME as CODE_FILE
 from longrope_export.models.hf_config import read_json_object
 from longrope_export.stock_rope import DEFINITION_FILE, DEFINITION_KEY
+from longrope_export.verify.certificate import FILE_NAME as CERTIFICATE
 
 # weights in other forms, and their indexes: the safetensors files are the model
 _OTHER_WEIGHTS = (
@@ -56,7 +59,9 @@ def read_source_folder(folder: Path) -> SourceFolder:
     """
     values = read_json_object(folder / "config.json")
     shards = tuple(sorted({tensor.path for tensor in read_checkpoint(folder).values()}))
-    rewritten = {"config.json", DEFINITION_FILE, *our_code_files(values)}
+    rewritten = {"config.json", DEFINITION_FILE}
+    if DEFINITION_KEY in values:
+        rewritten.add(CODE_FILE)
     carried: list[Path] = []
     left: list[str] = []
     for path in sorted(folder.iterdir()):
@@ -68,35 +73,49 @@ def read_source_folder(folder: Path) -> SourceFolder:
                 carried += [file.relative_to(folder) for file in inside]
             else:
                 left.append(f"{path.name}/")
-        elif _is_other_weight(path.name) or not path.is_file():
+        elif _is_other_weight(path.name) or path.name == CERTIFICATE or not path.is_file():
             left.append(path.name)
         else:
             carried.append(path.relative_to(folder))
     return SourceFolder(folder, values, shards, tuple(carried), tuple(left))
 
 
-def our_code_files(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Modelling files that an earlier export of ours wrote and named in config.json."""
+def foreign_code(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json's auto_map names, but for the modelling file of an earlier export of ours."""
     auto_map = values.get("auto_map")
-    if DEFINITION_KEY not in values or not isinstance(auto_map, Mapping):
-        return ()
-    names = (str(entry).rpartition(".")[0] for entry in auto_map.values())
-    return tuple(f"{name}.py" for name in names if name)
+    if not isinstance(auto_map, Mapping):
+        return {}
+    ours = f"{CODE_FILE.removesuffix('.py')}."
+    return {
+        name: entry
+        for name, entry in auto_map.items()
+        if DEFINITION_KEY not in values or not str(entry).startswith(ours)
+    }
 
 
 def copy_weights(
     source: SourceFolder, output: Path, definition: str, *, link: bool, progress: Progress
-) -> None:
-    """Bring the shards into `output`; the definition goes into the first one unless linked."""
+) -> tuple[str, ...]:
+    """Bring the shards into `output`; the definition goes into the first one unless linked.
+
+    A shard that holds another definition is never linked, but copied with the new one. Returns
+    notes.
+    """
+    notes = []
     for number, shard in enumerate(source.shards):
         target = output / shard.name
-        if link:
+        held = read_definition(shard)
+        is_outdated = held is not None and held != definition
+        if link and not is_outdated:
             link_file(shard, target)
             progress(shard.stat().st_size)
-        elif number == 0:
+        elif number == 0 or is_outdated:
             copy_with_definition(shard, target, definition, progress)
         else:
             copy_file(shard, target, progress)
+        if link and is_outdated:
+            notes.append(f"{shard.name} is copied, not linked: its metadata held other factors")
+    return tuple(notes)
 
 
 def copy_other_files(source: SourceFolder, output: Path, target_length: int) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longrope_converters.to_safetensors.hf_folder import SourceFolder, our_code_files
+from longrope_converters.to_safetensors.hf_folder import SourceFolder, foreign_code
 from longrope_export.config import LongRopeConfig
 from longrope_export.honours import Verdict, honours
 from longrope_export.models.model import Model
@@ -49,11 +49,17 @@ def rope_notes(config: LongRopeConfig, model: Model, *, remote_code: bool) -> tu
     return tuple(notes)
 
 
-def source_notes(source: SourceFolder) -> tuple[str, ...]:
+def source_notes(source: SourceFolder, *, remote_code: bool) -> tuple[str, ...]:
+    """What became of the source's files."""
     notes = []
     if source.left:
         notes.append(f"left behind: {', '.join(source.left)}")
-    if source.values.get("auto_map") and not our_code_files(source.values):
+    if foreign_code(source.values) and remote_code:
+        notes.append(
+            "the source's own modelling code is carried along, but auto_map in config.json names "
+            "ours in its place"
+        )
+    elif foreign_code(source.values):
         notes.append(
             "the source's own modelling code is carried along and used with trust_remote_code=True "
             "only; whether it reads these factors is up to it"

@@ -1,7 +1,8 @@
 """Weights of a checkpoint into another folder: hard-linked, or copied byte for byte.
 
 A copied checkpoint carries the config in the metadata of its first shard, so that one file's
-header grows; the tensor bytes behind it are the same. A hard link is the same file and cannot.
+header grows; the tensor bytes behind it are the same. A hard link is the same file and cannot, so
+that a shard with other factors in its metadata is copied even then.
 """
 
 from __future__ import annotations
@@ -66,6 +67,12 @@ def copy_with_definition(source: Path, output: Path, definition: str, progress: 
     with _open_both(source, output) as (reading, writing):
         write_exactly(writing, 0, len(raw).to_bytes(_LENGTH_BYTES, "little") + raw)
         _copy_from(reading, source, data_start, writing, _LENGTH_BYTES + len(raw), progress)
+
+
+def read_definition(path: Path) -> str | None:
+    """The text under the key "longrope" of a safetensors file's metadata, or None."""
+    definition: str | None = _read_header(path)[0].get("__metadata__", {}).get(DEFINITION_KEY)
+    return definition
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

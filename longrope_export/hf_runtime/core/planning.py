@@ -88,13 +88,17 @@ def find_positions(
 def last_positions(positions: Tensor, real: Tensor) -> Tensor:
     """(batch, n) last position of the document that each token belongs to.
 
-    A document begins where a position does not follow the one before it; padding stands alone.
+    A document begins where a position does not follow that of the last real token before it:
+    padding in the middle of a document does not end it.
     """
-    counted = torch.where(real, positions, torch.full_like(positions, -2))
-    begins = torch.ones_like(real)
-    begins[:, 1:] = counted[:, 1:] != counted[:, :-1] + 1
+    columns = torch.where(real, torch.arange(real.shape[1]), -1).cummax(1).values  # of that token
+    before = torch.where(columns < 0, -2, positions.gather(1, columns.clamp(min=0)))
+    begins = real.clone()
+    begins[:, 1:] &= positions[:, 1:] != before[:, :-1] + 1
+    begins[:, 0] = True
     documents = begins.cumsum(-1) - 1
-    last = torch.zeros_like(positions).scatter_reduce(1, documents, positions, "amax")
+    counted = torch.where(real, positions, 0)
+    last = torch.zeros_like(positions).scatter_reduce(1, documents, counted, "amax")
     return last.gather(1, documents)
 
 

@@ -73,6 +73,12 @@ class TierTables:
         scale = tables.attention_factors[tiers][..., None]
         return (angles.cos() * scale).float().to(device), (angles.sin() * scale).float().to(device)
 
+    def plain_cos_sin(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same for layers that are not rescaled: of the base alone."""
+        tables, positions = self._placed(device, positions)
+        angles = positions[..., None].double() * tables.original
+        return angles.cos().float().to(device), angles.sin().float().to(device)
+
     def turn(
         self, positions: Tensor, before: Tensor, after: Tensor, device: torch.device
     ) -> tuple[Tensor, Tensor]:

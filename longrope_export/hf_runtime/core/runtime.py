@@ -47,15 +47,15 @@ KEPT_TURNS = 1 << 24  # cos values that one forward may keep for its layers, 64 
 
 
 class Embeddings(tuple[Tensor, Tensor]):
-    """cos and sin for the rescaled layers; `own` holds the model's own for the other layers."""
+    """cos and sin for the rescaled layers; `plain` holds those of the other layers."""
 
-    own: tuple[Tensor, Tensor]
+    plain: tuple[Tensor, Tensor]
 
     def to(self, *args: Any, **kwargs: Any) -> Embeddings:
-        """All four on a device: accelerate's hooks call it, and would else lose `own`."""
+        """All four on a device: accelerate's hooks call it, and would else lose `plain`."""
         moved = Embeddings(part.to(*args, **kwargs) for part in self)
-        cos, sin = self.own
-        moved.own = cos.to(*args, **kwargs), sin.to(*args, **kwargs)
+        cos, sin = self.plain
+        moved.plain = cos.to(*args, **kwargs), sin.to(*args, **kwargs)
         return moved
 
 
@@ -63,7 +63,7 @@ class TieredRotary(nn.Module):
     """Takes the place of the model's rotary embedding.
 
     Attributes:
-        original: the model's own, which still serves layers that are not rescaled.
+        original: the model's own, which still serves gemma3's layers with a sliding window.
     """
 
     def __init__(self, runtime: Runtime, original: nn.Module) -> None:
@@ -85,8 +85,7 @@ class TieredRotary(nn.Module):
         if self.runtime.rescales_every_layer:
             return cos, sin
         pair = Embeddings((cos, sin))
-        names = () if layer_type is None else (layer_type,)
-        pair.own = self.original(x, position_ids, *names)
+        pair.plain = self.runtime.plain_cos_sin(x, position_ids)
         return pair
 
 
@@ -199,6 +198,11 @@ class Runtime:
         """For the rotary embedding, in the middle of a forward."""
         tiers = self._rotary_tiers(position_ids)
         cos, sin = self.tables.cos_sin(position_ids, tiers, x.device)
+        return torch.cat((cos, cos), -1).to(x.dtype), torch.cat((sin, sin), -1).to(x.dtype)
+
+    def plain_cos_sin(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """For the layers that are not rescaled; the model's own embedding may have a scaling."""
+        cos, sin = self.tables.plain_cos_sin(position_ids, x.device)
         return torch.cat((cos, cos), -1).to(x.dtype), torch.cat((sin, sin), -1).to(x.dtype)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -319,7 +323,7 @@ class Runtime:
                     attention, index in self.rescaled, index in self.exempt
                 )
             if not self.rescales_every_layer and index not in self.rescaled:
-                hook = attention.register_forward_pre_hook(_use_own_embeddings, with_kwargs=True)
+                hook = attention.register_forward_pre_hook(_use_plain_embeddings, with_kwargs=True)
                 self._hooks.append(hook)
 
     def remove(self) -> None:
@@ -333,11 +337,11 @@ class Runtime:
                 layer.self_attn.config = layer.self_attn.config.original
 
 
-def _use_own_embeddings(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _use_plain_embeddings(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In front of the attention of a layer that is not rescaled."""
     pair = kwargs["position_embeddings"]
     if isinstance(pair, Embeddings):
-        kwargs["position_embeddings"] = pair.own
+        kwargs["position_embeddings"] = pair.plain
     return args, kwargs
 
 
