@@ -174,6 +174,23 @@ def test_wrong_use(root: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and (root / "help.txt").read_text() == HELP
 
 
+def test_no_output_takes_the_place_of_what_is_not_ours(root: Path, tmp_path: Path) -> None:
+    words = ("m", "m-onnx", "--text", "help.txt", "--lengths", 64)
+    for file in (root / "m" / "config.json", root / "m-onnx" / "model.onnx"):
+        before = file.read_bytes()
+        for options in ((), ("--force",)):
+            result = run(root, *words, *options, "-o", file)
+            assert result.exit_code == 2 and file.read_bytes() == before, result.output
+    for content in ("[1]", '{"format": "notes"}', "caf\xe9"):
+        notes = tmp_path / "notes.json"
+        notes.write_text(content, encoding="latin-1")
+        result = run(root, *words, "-o", notes)
+        assert result.exit_code == 2 and "use --force" in result.output
+        assert notes.read_text(encoding="latin-1") == content
+    assert run(root, "m", *words[2:], "--force", "-o", notes).exit_code == 0
+    assert run(root, "m", *words[2:], "-o", notes).exit_code == 0
+
+
 def test_an_export_without_its_config(root: Path, tmp_path: Path) -> None:
     import onnx
 

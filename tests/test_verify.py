@@ -412,6 +412,18 @@ def test_no_output_takes_the_place_of_an_input(made: Folder) -> None:
     assert (made / "f.json").read_bytes() == before
     missing = run(made, "m", "onnx", *options, "--markdown", made / "no" / "card.md")
     assert missing.exit_code == 2
+    for option in ("-o", "--markdown", "--plot"):
+        for file in (made / "m" / "config.json", made / "onnx" / "model.onnx"):
+            before = file.read_bytes()
+            assert run(made, "m", "onnx", *options, option, file).exit_code == 2
+            assert file.read_bytes() == before
+
+
+def test_two_outputs_are_two_files(made: Folder, tmp_path: Path) -> None:
+    one, other = tmp_path / "x", tmp_path / ".." / tmp_path.name / "x"
+    result = run(made, "m", "onnx", "--length", 80, "-o", one, "--markdown", other)
+    assert result.exit_code == 2 and "-o and --markdown both name" in result.output
+    assert not one.exists()
 
 
 def test_many_rows_are_compared_as_few_are() -> None:

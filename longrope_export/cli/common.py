@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -101,8 +101,37 @@ def input_files(model: Path, factors: Path | None, tiers: tuple[str, ...]) -> li
     """Every file that a command reads, so that none of them becomes its output."""
     named = [model, *([factors] if factors else [])]
     named += [Path(tier.partition("=")[2]) for tier in tiers]
-    inside = [file for path in named if path.is_dir() for file in path.iterdir() if file.is_file()]
+    return with_contents(named)
+
+
+def with_contents(paths: Iterable[Path]) -> list[Path]:
+    """The paths, and every file inside of those that are folders."""
+    named = list(paths)
+    inside = [file for path in named if path.is_dir() for file in path.rglob("*") if file.is_file()]
     return [*named, *inside]
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -> None:
+    """Refuse outputs of one command that are inputs, or that are two names of one file.
+
+    Args:
+        outputs: by the name of the option; None where it is not given.
+
+    Raises:
+        OutputError: nothing has been written yet.
+    """
+    from longrope_export.errors import OutputError
+    from longrope_export.outputs import check_output
+
+    read = list(inputs)
+    taken: dict[Path, str] = {}
+    for option, output in outputs.items():
+        if output is None:
+            continue
+        check_output(output, read, force=True)
+        other = taken.setdefault(output.resolve(), option)
+        if other != option:
+            raise OutputError(f"{other} and {option} both name {output}: give two names")
 
 
 def number_list(kind: Callable[[str], N], example: str) -> Callable[[str], tuple[N, ...]]:

@@ -17,6 +17,7 @@ from longrope_export.cli.common import (
     print_json,
     say,
     share_progress,
+    with_contents,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def command(
     longrope-export evaluate model.gguf model-onnx/ --text book.txt --passkey --needle -o r.json
     """
     from longrope_export.evaluate.journal import journal_path
-    from longrope_export.evaluate.results import make_results, rich_tables
+    from longrope_export.evaluate.results import is_results, make_results, rich_tables
     from longrope_export.evaluate.run import Options, evaluate, open_journal
     from longrope_export.evaluate.settings import Settings
     from longrope_export.evaluate.subjects import check_lengths, make_subjects
@@ -135,8 +136,10 @@ def command(
         tasks=tuple(filter(None, (tasks or "").split(","))),
     )
     exports = [parse_export(path) for path in paths]
-    inputs = [*texts, *factors, *(Path(export.path) for export in exports)]
-    check_output(output, inputs, force=True)
+    local = [export.path for export in exports if isinstance(export.path, Path)]
+    inputs = with_contents([*texts, *factors, *local])
+    check_output(output, inputs, force=force or is_results(output))
+    check_output(journal_path(output), inputs, force=True)
     documents = _read_texts(texts)
     subjects = make_subjects(exports, factors, dtype=dtype, device=device)
     check_lengths(subjects, settings.lengths[-1])

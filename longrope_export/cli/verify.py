@@ -11,6 +11,7 @@ import click
 from longrope_export.cli.common import (
     CONTEXT_SETTINGS,
     OUTPUT_PATH,
+    check_outputs,
     factor_options,
     given_factors,
     input_files,
@@ -20,6 +21,7 @@ from longrope_export.cli.common import (
     say,
     share_progress,
     switch_option,
+    with_contents,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ def command(
         raise click.UsageError("give MODEL and at least one EXPORT")
     model, *exports = paths
     from longrope_export.models.model import find_model, load_model
-    from longrope_export.outputs import check_output, write_text
+    from longrope_export.outputs import write_text
     from longrope_export.runtimes.open import parse_export
     from longrope_export.verify.exports import check_length, verify_exports
     from longrope_export.verify.report import markdown as as_markdown
@@ -116,10 +118,9 @@ def command(
     if length is None and used < config.max_position_embeddings:
         say(f"the free memory allows {used} of {config.max_position_embeddings} tokens")
     inputs = input_files(source.path, factors, tiers)
-    inputs += [Path(export.path) for export in chosen] + ([text] if text else [])
-    for file in (output, markdown, plot):
-        if file is not None:
-            check_output(file, inputs, force=True)
+    inputs += with_contents(export.path for export in chosen if isinstance(export.path, Path))
+    inputs += [text] if text else []
+    check_outputs({"-o": output, "--markdown": markdown, "--plot": plot}, inputs)
     with share_progress() as step:
         certificate, results = verify_exports(
             source,

@@ -78,6 +78,15 @@ def read_results(path: Path) -> dict[str, Any]:
     return values
 
 
+def is_results(path: Path) -> bool:
+    """It says that it is a results.json, of whatever version."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("format") == FORMAT
+
+
 @dataclass(frozen=True)
 class Table:
     """Text in rows.
