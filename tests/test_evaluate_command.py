@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from longrope_export.evaluate.journal import Journal, journal_path
 from longrope_export.evaluate.perplexity import score_text
 from longrope_export.evaluate.results import cells_of, read_results
 from longrope_export.evaluate.run import evaluate, open_journal
-from longrope_export.evaluate.settings import Settings, Text
+from longrope_export.evaluate.settings import Cell, Settings, Text
 from longrope_export.evaluate.subjects import make_subjects
 from longrope_export.runtimes.hf import HfModel
 from longrope_export.runtimes.open import parse_export
@@ -94,15 +95,25 @@ def test_what_a_journal_refuses(root: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="another evaluation"):
         Journal(path, settings, {"a": "1"})
     holder.close()
-    before = path.read_bytes()
     for content in ("hello\n", "{}\n", "[1]\n", '{"format": 1}\n'):
         path.write_text(content)
         with pytest.raises(OutputError, match="not the journal"):
             Journal(path, settings, {})
         assert path.read_text() == content
-    path.write_bytes(before)
-    Journal(path, {**settings, "seed": 1}, {"a": "9"}, fresh=True).close()
-    assert json.loads(path.read_text())["settings"]["seed"] == 1
+
+
+def test_begun_anew_only_when_there_is_something_new(tmp_path: Path) -> None:
+    path, cells = tmp_path / "j", [Cell("perplexity", "m", n, "a") for n in (2, 4)]
+    with closing(Journal(path, {"seed": 0}, {"a": "1"})) as journal:
+        journal.add(cells[0], "id", {"loss": 1})
+    before = path.read_bytes()
+    Journal(path, {"seed": 1}, {"a": "9"}, fresh=True).close()
+    assert path.read_bytes() == before
+    with closing(Journal(path, {"seed": 1}, {"a": "9"}, fresh=True)) as journal:
+        for cell in cells:
+            journal.add(cell, "id", {"loss": 2})
+    with closing(Journal(path, {"seed": 1}, {"a": "9"})) as journal:
+        assert [journal.find(cell, "id") for cell in cells] == [{"loss": 2}] * 2
 
 
 # the command
@@ -314,6 +325,10 @@ def test_changed_tasks_are_not_taken_from_the_journal(
     assert run(root, *words, "--limit", 6).exit_code == 0
     result = run(root, *words)
     assert result.exit_code == 2 and "--limit" in result.output
+    assert run(root, *words, "--limit", 6, "--lengths", "16,32").exit_code == 0
+    lines = journal_path(tmp_path / "r.json").read_text().splitlines()[1:]
+    kept = [json.loads(line)["cell"] for line in lines]
+    assert [cell["length"] for cell in kept] == [256, 32]  # what is kept of a request is another
     task = task_folder / "choice.yaml"
     task.write_text(task.read_text() + "# another\n")
     result = run(root, *words, "--limit", 6)
