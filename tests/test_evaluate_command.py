@@ -177,6 +177,8 @@ def test_wrong_use(root: Path, tmp_path: Path) -> None:
         (("m", *text, "--lengths", "64", "--tokens", 63), "--tokens must be at least"),
         (("m", *text, "--depths", "2"), "--depths must be from 0 to 1"),
         (("nothing", *text), "expected a GGUF"),
+        (("m", *text, "--lengths", "64", "--device", "bogus"), "--device bogus: "),
+        (("m", *text, "--lengths", "64", "--device", "cuda:99"), "cannot be put there"),
     ):
         result = run(root, *words, *out)
         assert result.exit_code == 2 and said in result.output, (words, result.output)
@@ -325,10 +327,10 @@ def test_changed_tasks_are_not_taken_from_the_journal(
     assert run(root, *words, "--limit", 6).exit_code == 0
     result = run(root, *words)
     assert result.exit_code == 2 and "--limit" in result.output
-    assert run(root, *words, "--limit", 6, "--lengths", "16,32").exit_code == 0
+    assert run(root, *words, "--limit", 6, "--lengths", "128,512").exit_code == 0
     lines = journal_path(tmp_path / "r.json").read_text().splitlines()[1:]
     kept = [json.loads(line)["cell"] for line in lines]
-    assert [cell["length"] for cell in kept] == [256, 32]  # what is kept of a request is another
+    assert [cell["length"] for cell in kept] == [256, 512]  # what is kept of a request is another
     task = task_folder / "choice.yaml"
     task.write_text(task.read_text() + "# another\n")
     result = run(root, *words, "--limit", 6)

@@ -329,6 +329,22 @@ def test_wrong_use(made: Folder) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--text", "latin.txt"), "cannot be read as UTF-8"),
+        (("--plot", "plot.xyz"), "expected .png, .svg"),
+        (("--seed", -1), "-1 is not in the range"),
+    ],
+)
+def test_bad_values_are_exit_code_2(made: Folder, options: tuple[object, ...], said: str) -> None:
+    (made / "latin.txt").write_bytes(b"caf\xe9")
+    words = [made / str(word) if "." in str(word) else word for word in options]
+    result = run(made, "m", "onnx", "--length", 80, *words)
+    assert result.exit_code == 2 and said in result.output, result.output
+    assert not (made / "plot.xyz").exists()
+
+
 def test_check_finds_the_export_again_and_nothing_else(made: Folder, tmp_path: Path) -> None:
     copy = tmp_path / "other"
     shutil.copytree(made / "onnx", copy)

@@ -111,6 +111,20 @@ def with_contents(paths: Iterable[Path]) -> list[Path]:
     return [*named, *inside]
 
 
+def read_utf8(path: Path, option: str) -> str:
+    """The content of a text that an option names.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    from longrope_export.errors import ConfigError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path}: cannot be read as UTF-8: {error}") from error
+
+
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -> None:
     """Refuse outputs of one command that are inputs, or that are two names of one file.
 

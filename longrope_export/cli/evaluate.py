@@ -15,6 +15,7 @@ from longrope_export.cli.common import (
     json_option,
     number_list,
     print_json,
+    read_utf8,
     say,
     share_progress,
     with_contents,
@@ -164,15 +165,11 @@ def command(
 
 def _read_texts(paths: tuple[Path, ...]) -> list[Text]:
     """Documents, each by the name of its file, or its path where two are alike."""
-    from longrope_export.errors import ConfigError
     from longrope_export.evaluate.settings import Text
 
     names = [path.name for path in paths]
     found = []
     for path in dict.fromkeys(paths):
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--text {path}: cannot be read as UTF-8: {error}") from error
+        content = read_utf8(path, "--text")
         found.append(Text(path.name if names.count(path.name) == 1 else str(path), content))
     return found

@@ -53,6 +53,7 @@ def command(
         )
     import os
 
+    from longrope_export.errors import OutputError
     from longrope_export.outputs import write_text
     from longrope_export.report.drawing import save_plots
     from longrope_export.report.figures import make_plots
@@ -68,7 +69,12 @@ def command(
     page = make_page(found, made, name) if output else None
     images: list[str] = []
     if plots is not None:
-        plots.mkdir(parents=True, exist_ok=True)
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"--plots {plots}: cannot make this folder: {error.strerror}; choose another"
+            ) from error
         written = save_plots(made, plots)
         say(f"{plots}: {len(written)} files")
         if model_card is not None:

@@ -18,6 +18,7 @@ from longrope_export.cli.common import (
     is_quiet,
     json_option,
     print_json,
+    read_utf8,
     say,
     share_progress,
     switch_option,
@@ -46,7 +47,13 @@ _MISSED = 1
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="What is read, UTF-8; also shows whether tokenizers agree [random tokens].",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the random tokens.",
+)
 @click.option(
     "--limit",
     "limits",
@@ -109,8 +116,10 @@ def command(
     from longrope_export.runtimes.open import parse_export
     from longrope_export.verify.exports import check_length, verify_exports
     from longrope_export.verify.report import markdown as as_markdown
-    from longrope_export.verify.report import save_plot
+    from longrope_export.verify.report import check_plot, save_plot
 
+    if plot is not None:
+        check_plot(plot)
     source = load_model(find_model(model))
     config = given_factors(factors, tiers, source, switch) or source.native
     chosen = [parse_export(export) for export in exports]
@@ -127,7 +136,7 @@ def command(
             config,
             chosen,
             used,
-            text=None if text is None else text.read_text(encoding="utf-8"),
+            text=None if text is None else read_utf8(text, "--text"),
             seed=seed,
             limits=dict(map(_parse_limit, limits)),
             threads=threads,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longrope_export.errors import ToolError
+from longrope_export.errors import OutputError, ToolError
 from longrope_export.outputs import replace_when_done
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("case", "tokens", "max |d|", "max KL", "mean KL", "top-1", "result")
 SOURCE_WEIGHTS = "the source's"
+_PLOTS = (".png", ".svg", ".pdf")
 _FLOOR = 1e-12  # what a logarithmic axis shows for nothing
 
 
@@ -120,6 +121,18 @@ def _what_ran(export: Mapping[str, Any]) -> str:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def check_plot(output: Path) -> None:
+    """Refuse a name that no plot can have, before anything is run.
+
+    Raises:
+        OutputError: nothing has been written yet.
+    """
+    if output.suffix.lower() not in ("", *_PLOTS):
+        raise OutputError(
+            f"--plot {output}: cannot draw {output.suffix} files, expected {', '.join(_PLOTS)}"
+        )
 
 
 def save_plot(certificate: Mapping[str, Any], output: Path) -> None:
