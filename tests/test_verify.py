@@ -31,7 +31,13 @@ from longrope_export.runtimes.onnx import OnnxModel
 from longrope_export.runtimes.onnx_layers import with_layer_outputs
 from longrope_export.runtimes.open import parse_export
 from longrope_export.verify.certificate import content_hash, read_certificate
-from longrope_export.verify.compare import Limit, compare, float32_angle_error, limit_for
+from longrope_export.verify.compare import (
+    Limit,
+    compare,
+    float32_angle_error,
+    is_precision,
+    limit_for,
+)
 from longrope_export.verify.exports import check_length
 from longrope_export.verify.layers import first_departure
 from longrope_export.verify.memory import longest_length
@@ -121,6 +127,15 @@ def test_limits_by_precision() -> None:
     assert limit_for("q4_k", {"q4_k": Limit(None, 9, 9)}).kl == 9
     with pytest.raises(ConfigError, match="--limit tq1_0="):
         limit_for("tq1_0")
+
+
+def test_every_precision_of_a_runtime_may_have_a_limit() -> None:
+    from gguf import GGMLQuantizationType
+
+    types = {type_.name.lower() for type_ in GGMLQuantizationType if type_.name[0] != "I" or "Q" in type_.name}  # fmt: skip
+    types = {{"f32": "fp32", "f16": "fp16"}.get(name, name) for name in types}
+    assert all(map(is_precision, {*types, "int8", "int4", "4-bit", "unknown", "unpacked"}))
+    assert not any(map(is_precision, ("", "fp23", "q4", "FP32")))
 
 
 def test_the_reference_shares_no_formula() -> None:
@@ -335,11 +350,14 @@ def test_wrong_use(made: Folder) -> None:
         (("--text", "latin.txt"), "cannot be read as UTF-8"),
         (("--plot", "plot.xyz"), "expected .png, .svg"),
         (("--seed", -1), "-1 is not in the range"),
+        (("--limit", "fp32=1"), "expected PRECISION=KL"),
+        (("--limit", "fp32=1:1:1:1"), "expected PRECISION=KL"),
+        (("--limit", "fp23=1:1"), "no runtime reports the precision fp23"),
     ],
 )
 def test_bad_values_are_exit_code_2(made: Folder, options: tuple[object, ...], said: str) -> None:
     (made / "latin.txt").write_bytes(b"caf\xe9")
-    words = [made / str(word) if "." in str(word) else word for word in options]
+    words = [made / str(w) if str(w).startswith(("latin", "plot")) else w for w in options]
     result = run(made, "m", "onnx", "--length", 80, *words)
     assert result.exit_code == 2 and said in result.output, result.output
     assert not (made / "plot.xyz").exists()

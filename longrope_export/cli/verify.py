@@ -115,9 +115,10 @@ def command(
     from longrope_export.outputs import write_text
     from longrope_export.runtimes.open import parse_export
     from longrope_export.verify.exports import check_length, verify_exports
-    from longrope_export.verify.report import markdown as as_markdown
     from longrope_export.verify.report import check_plot, save_plot
+    from longrope_export.verify.report import markdown as as_markdown
 
+    parsed_limits = dict(map(_parse_limit, limits))
     if plot is not None:
         check_plot(plot)
     source = load_model(find_model(model))
@@ -138,7 +139,7 @@ def command(
             used,
             text=None if text is None else read_utf8(text, "--text"),
             seed=seed,
-            limits=dict(map(_parse_limit, limits)),
+            limits=parsed_limits,
             threads=threads,
             build=build,
             say=step,
@@ -208,15 +209,19 @@ def _check(file: Path, paths: tuple[str, ...], threads: int | None, build: bool)
 
 def _parse_limit(text: str) -> tuple[str, Limit]:
     from longrope_export.errors import ConfigError
-    from longrope_export.verify.compare import Limit
+    from longrope_export.verify.compare import LIMITS, Limit, is_precision
 
     precision, _, values = text.partition("=")
     try:
-        numbers = [float(value) for value in values.split(":")]
-        kl, mean_kl = numbers[:2]
-        difference = numbers[2] if len(numbers) == 3 else None
+        kl, mean_kl, *rest = [float(value) for value in values.split(":")]
+        (difference,) = rest or [None]
     except ValueError as error:
         raise ConfigError(
             f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as q4_k=0.5:0.1"
         ) from error
+    if not is_precision(precision):
+        raise ConfigError(
+            f"--limit {text}: no runtime reports the precision {precision}: expected "
+            f"{', '.join(LIMITS)}, unknown, or a type of llama.cpp, as q4_k"
+        )
     return precision, Limit(difference, kl, mean_kl)
