@@ -378,6 +378,23 @@ def test_check_finds_the_export_again_and_nothing_else(made: Folder, tmp_path: P
     assert run(tmp_path, "--check", tmp_path / "x.json", "other").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("nonexist",), "nonexist: no such file or folder"),
+        (("http://127.0.0.1:1",), "no such file or folder"),
+        (("onnx", "--embed"), "--embed is not for --check"),
+        (("onnx", "-o", "x.json"), "--output is not for --check"),
+        (("onnx", "--length", 5), "--length is not for --check"),
+        (("onnx", "--factors", "no.json"), "--factors is not for --check"),
+        (("onnx", "--json"), "--json is not for --check"),
+    ],
+)
+def test_check_ignores_nothing(made: Folder, words: tuple[object, ...], said: str) -> None:
+    result = run(made, "--check", made / "certificate.json", *words)
+    assert result.exit_code == 2 and said in result.output, result.output
+
+
 def test_check_runs_the_export(made: Folder) -> None:
     certificate = json.loads((made / "certificate.json").read_text())
     certificate["probes"][-1]["log_probabilities"][-1][0] -= 0.1

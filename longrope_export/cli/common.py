@@ -191,6 +191,14 @@ def verify_option(command: F) -> F:
     )(command)
 
 
+def was_given(name: str) -> bool:
+    """True if the option of this parameter stands on the command line."""
+    from click.core import ParameterSource
+
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
+
+
 def say_report(report: ExportReport, max_length: int | None, *, as_json: bool) -> None:
     """What was written: for people, and as JSON if asked for."""
     if as_json:

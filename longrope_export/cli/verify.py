@@ -22,6 +22,7 @@ from longrope_export.cli.common import (
     say,
     share_progress,
     switch_option,
+    was_given,
     with_contents,
 )
 
@@ -192,8 +193,21 @@ def _show(certificate: dict[str, Any]) -> None:
 
 
 def _check(file: Path, paths: tuple[str, ...], threads: int | None, build: bool) -> None:
+    from longrope_export.errors import ModelError
     from longrope_export.verify.certificate import check_export, read_certificate
 
+    for parameter in click.get_current_context().command.params:
+        name = parameter.name or ""
+        if name not in ("paths", "check", "threads", "build") and was_given(name):
+            raise click.UsageError(
+                f"{parameter.opts[-1]} is not for --check, which only runs what the certificate "
+                "says: leave one of them out"
+            )
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ModelError(
+                f"{path}: no such file or folder: --check takes exports on this machine"
+            )
     certificate = read_certificate(file)
     failed = False
     for path in map(Path, paths):
