@@ -14,13 +14,14 @@ import torch
 import transformers
 from click.testing import CliRunner
 from evaluated import HELP, make_root
+from rich.console import Console
 from tiny_models import edit_json
 
 from longrope_export.cli import main
 from longrope_export.errors import OutputError
 from longrope_export.evaluate.journal import Journal, journal_path
 from longrope_export.evaluate.perplexity import score_text
-from longrope_export.evaluate.results import cells_of, read_results
+from longrope_export.evaluate.results import cells_of, read_results, rich_tables
 from longrope_export.evaluate.run import evaluate, open_journal
 from longrope_export.evaluate.settings import Cell, Settings, Text
 from longrope_export.evaluate.subjects import make_subjects
@@ -202,6 +203,21 @@ def test_no_output_takes_the_place_of_what_is_not_ours(root: Path, tmp_path: Pat
         assert notes.read_text(encoding="latin-1") == content
     assert run(root, "m", *words[2:], "--force", "-o", notes).exit_code == 0
     assert run(root, "m", *words[2:], "-o", notes).exit_code == 0
+
+
+def test_brackets_in_names_are_shown() -> None:
+    cell = {
+        "task": "lm-eval",
+        "model": "m[v2]",
+        "length": 64,
+        "text": "t[x]",
+        "metrics": {"acc": 1.0},
+    }
+    results = {"models": [{"label": "m[v2]"}], "cells": [cell]}
+    console = Console(width=200, record=True)
+    console.print(*rich_tables(results))
+    text = console.export_text()
+    assert "m[v2]" in text and "t[x] acc" in text
 
 
 def test_an_export_without_its_config(root: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from test_onnx import export, make_source, three_tiers
 from test_onnx_precision import emulated_reference
 from tiny_models import add_bpe_tokenizer, add_sentencepiece
@@ -44,7 +45,7 @@ from longrope_export.verify.memory import longest_length
 from longrope_export.verify.own_weights import use_weights_of
 from longrope_export.verify.plan import checked_borders, make_cases, rows_of
 from longrope_export.verify.reference import Reference
-from longrope_export.verify.report import table_rows
+from longrope_export.verify.report import rich_tables, table_rows
 
 Folder = Path
 
@@ -329,6 +330,17 @@ def test_a_graph_of_others_tells_no_layers(made: Folder, tmp_path: Path) -> None
     onnx.save(model, tmp_path / "model.onnx")
     assert with_layer_outputs(tmp_path / "model.onnx", 2) == (b"", [])
     assert len(with_layer_outputs(made / "onnx" / "model.onnx", 2)[1]) == 2
+
+
+def test_brackets_in_names_are_shown(made: Folder) -> None:
+    certificate = json.loads((made / "certificate.json").read_text())
+    (found,) = certificate["exports"]
+    found["path"], found["problems"] = "onnx[v2]", ["layers[a] differ"]
+    found["cases"][0]["name"] = "case[b]"
+    console = Console(width=200, record=True)
+    console.print(*rich_tables(certificate))
+    text = console.export_text()
+    assert all(part in text for part in ("onnx[v2]", "layers[a] differ", "case[b]"))
 
 
 def test_wrong_use(made: Folder) -> None:

@@ -265,8 +265,9 @@ def share_progress() -> Iterator[Callable[[str, float], None]]:
         yield lambda what, share: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=1.0)
-        yield lambda what, share: progress.update(task, description=what, completed=share)
+        yield lambda what, share: progress.update(task, description=escape(what), completed=share)

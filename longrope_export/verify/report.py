@@ -65,17 +65,19 @@ def title_of(export: Mapping[str, Any]) -> str:
 
 def rich_tables(certificate: Mapping[str, Any]) -> Iterator[Table]:
     """For a terminal, one for each export."""
+    from rich.markup import escape
     from rich.table import Table
 
     for export in certificate["exports"]:
         color = "green" if export["passed"] else "red"
-        table = Table(title=title_of(export), title_style=f"bold {color}", title_justify="left")
+        title = escape(title_of(export))
+        table = Table(title=title, title_style=f"bold {color}", title_justify="left")
         for name in COLUMNS:
             table.add_column(name, justify="left" if name in ("case", "result") else "right")
         rows = table_rows(export)
         for row in rows[: len(rows) - len(export["problems"])]:
-            table.add_row(*row, style="red" if row[-1].startswith("misses") else None)
-        table.caption, table.caption_justify = "\n".join(export["problems"]), "left"
+            table.add_row(*map(escape, row), style="red" if row[-1].startswith("misses") else None)
+        table.caption, table.caption_justify = escape("\n".join(export["problems"])), "left"
         yield table
 
 
