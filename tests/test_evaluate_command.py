@@ -176,8 +176,12 @@ def test_wrong_use(root: Path, tmp_path: Path) -> None:
         (("m", *text, "--lengths", "8,x"), "expected whole numbers with commas"),
         (("m", *text, "--lengths", "64", "--stride", 65), "--stride must be 1 to 64"),
         (("m", *text, "--lengths", "64", "--tokens", 63), "--tokens must be at least"),
-        (("m", *text, "--depths", "2"), "--depths must be from 0 to 1"),
+        (("m", *text, "--passkey", "--depths", "2"), "--depths must be from 0 to 1"),
         (("nothing", *text), "expected a GGUF"),
+        (("m", *text, "--limit", 3), "--limit is of --tasks, which is not given"),
+        (("m", *text, "--include-path", root), "--include-path is of --tasks"),
+        (("m", *text, "--needle", "--depths", "0.3"), "--depths is of --passkey"),
+        (("m", *text, "--trials", 4), "--trials is of --passkey or --needle"),
         (("m", *text, "--lengths", "64", "--device", "bogus"), "--device bogus: "),
         (("m", *text, "--lengths", "64", "--device", "cuda:99"), "cannot be put there"),
     ):
