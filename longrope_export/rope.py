@@ -93,9 +93,11 @@ def compute_logit_scale(positions: npt.ArrayLike, scaling: LogitScaling) -> Floa
 def longrope_attention_factor(ratio: float, original_length: int, strength: float = 1.0) -> float:
     """sqrt(1 + strength * ln(ratio) / ln(original_length)), 1 for ratio <= 1 ("su", Phi-3).
 
+    1 for an original length of 1 too, of which there is no logarithm to divide by.
+
     Source: microsoft/LongRoPE rope/longrope.py and transformers' longrope; strength 1 is theirs.
     """
-    if ratio <= 1:
+    if ratio <= 1 or original_length < 2:
         return 1.0
     return math.sqrt(1 + strength * math.log(ratio) / math.log(original_length))
 

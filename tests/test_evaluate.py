@@ -16,6 +16,7 @@ from longrope_export.errors import ConfigError
 from longrope_export.evaluate.needle import Question, continuation, fit_prompt, make_puzzle
 from longrope_export.evaluate.perplexity import make_windows, score_text
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation
+from longrope_export.evaluate.settings import Cell, Settings, make_cells
 from longrope_export.evaluate.subjects import make_subjects
 from longrope_export.factor_files import to_json
 from longrope_export.models.model import load_model
@@ -27,6 +28,13 @@ from longrope_export.runtimes.open import parse_export
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_root(tmp_path_factory.mktemp("evaluate"))
+
+
+def test_a_longer_length_is_another_cell_of_lm_eval() -> None:
+    """It decides how much of a request is kept."""
+    for lengths in ((16, 32), (16, 32, 64)):
+        cells = make_cells(Settings(lengths, perplexity=False, tasks=("t",)), ["m"], [])
+        assert cells == [Cell("lm-eval", "m", lengths[-1], "t")]
 
 
 # windows and losses

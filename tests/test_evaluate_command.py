@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import torch
 import transformers
 from click.testing import CliRunner
 from evaluated import HELP, make_root
+from rich.console import Console
 from tiny_models import edit_json
 
 from longrope_export.cli import main
 from longrope_export.errors import OutputError
 from longrope_export.evaluate.journal import Journal, journal_path
 from longrope_export.evaluate.perplexity import score_text
-from longrope_export.evaluate.results import cells_of, read_results
+from longrope_export.evaluate.results import cells_of, read_results, rich_tables
 from longrope_export.evaluate.run import evaluate, open_journal
-from longrope_export.evaluate.settings import Settings, Text
+from longrope_export.evaluate.settings import Cell, Settings, Text
 from longrope_export.evaluate.subjects import make_subjects
 from longrope_export.runtimes.hf import HfModel
 from longrope_export.runtimes.open import parse_export
@@ -94,15 +96,25 @@ def test_what_a_journal_refuses(root: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="another evaluation"):
         Journal(path, settings, {"a": "1"})
     holder.close()
-    before = path.read_bytes()
     for content in ("hello\n", "{}\n", "[1]\n", '{"format": 1}\n'):
         path.write_text(content)
         with pytest.raises(OutputError, match="not the journal"):
             Journal(path, settings, {})
         assert path.read_text() == content
-    path.write_bytes(before)
-    Journal(path, {**settings, "seed": 1}, {"a": "9"}, fresh=True).close()
-    assert json.loads(path.read_text())["settings"]["seed"] == 1
+
+
+def test_begun_anew_only_when_there_is_something_new(tmp_path: Path) -> None:
+    path, cells = tmp_path / "j", [Cell("perplexity", "m", n, "a") for n in (2, 4)]
+    with closing(Journal(path, {"seed": 0}, {"a": "1"})) as journal:
+        journal.add(cells[0], "id", {"loss": 1})
+    before = path.read_bytes()
+    Journal(path, {"seed": 1}, {"a": "9"}, fresh=True).close()
+    assert path.read_bytes() == before
+    with closing(Journal(path, {"seed": 1}, {"a": "9"}, fresh=True)) as journal:
+        for cell in cells:
+            journal.add(cell, "id", {"loss": 2})
+    with closing(Journal(path, {"seed": 1}, {"a": "9"})) as journal:
+        assert [journal.find(cell, "id") for cell in cells] == [{"loss": 2}] * 2
 
 
 # the command
@@ -164,14 +176,52 @@ def test_wrong_use(root: Path, tmp_path: Path) -> None:
         (("m", *text, "--lengths", "8,x"), "expected whole numbers with commas"),
         (("m", *text, "--lengths", "64", "--stride", 65), "--stride must be 1 to 64"),
         (("m", *text, "--lengths", "64", "--tokens", 63), "--tokens must be at least"),
-        (("m", *text, "--depths", "2"), "--depths must be from 0 to 1"),
+        (("m", *text, "--passkey", "--depths", "2"), "--depths must be from 0 to 1"),
         (("nothing", *text), "expected a GGUF"),
+        (("m", *text, "--limit", 3), "--limit is of --tasks, which is not given"),
+        (("m", *text, "--include-path", root), "--include-path is of --tasks"),
+        (("m", *text, "--needle", "--depths", "0.3"), "--depths is of --passkey"),
+        (("m", *text, "--trials", 4), "--trials is of --passkey or --needle"),
+        (("m", *text, "--lengths", "64", "--device", "bogus"), "--device bogus: "),
+        (("m", *text, "--lengths", "64", "--device", "cuda:99"), "cannot be put there"),
     ):
         result = run(root, *words, *out)
         assert result.exit_code == 2 and said in result.output, (words, result.output)
     assert not (tmp_path / "x.json").exists()
     result = run(root, "m", *text, "--lengths", 64, "-o", root / "help.txt")
     assert result.exit_code == 2 and (root / "help.txt").read_text() == HELP
+
+
+def test_no_output_takes_the_place_of_what_is_not_ours(root: Path, tmp_path: Path) -> None:
+    words = ("m", "m-onnx", "--text", "help.txt", "--lengths", 64)
+    for file in (root / "m" / "config.json", root / "m-onnx" / "model.onnx"):
+        before = file.read_bytes()
+        for options in ((), ("--force",)):
+            result = run(root, *words, *options, "-o", file)
+            assert result.exit_code == 2 and file.read_bytes() == before, result.output
+    for content in ("[1]", '{"format": "notes"}', "caf\xe9"):
+        notes = tmp_path / "notes.json"
+        notes.write_text(content, encoding="latin-1")
+        result = run(root, *words, "-o", notes)
+        assert result.exit_code == 2 and "use --force" in result.output
+        assert notes.read_text(encoding="latin-1") == content
+    assert run(root, "m", *words[2:], "--force", "-o", notes).exit_code == 0
+    assert run(root, "m", *words[2:], "-o", notes).exit_code == 0
+
+
+def test_brackets_in_names_are_shown() -> None:
+    cell = {
+        "task": "lm-eval",
+        "model": "m[v2]",
+        "length": 64,
+        "text": "t[x]",
+        "metrics": {"acc": 1.0},
+    }
+    results = {"models": [{"label": "m[v2]"}], "cells": [cell]}
+    console = Console(width=200, record=True)
+    console.print(*rich_tables(results))
+    text = console.export_text()
+    assert "m[v2]" in text and "t[x] acc" in text
 
 
 def test_an_export_without_its_config(root: Path, tmp_path: Path) -> None:
@@ -297,6 +347,10 @@ def test_changed_tasks_are_not_taken_from_the_journal(
     assert run(root, *words, "--limit", 6).exit_code == 0
     result = run(root, *words)
     assert result.exit_code == 2 and "--limit" in result.output
+    assert run(root, *words, "--limit", 6, "--lengths", "128,512").exit_code == 0
+    lines = journal_path(tmp_path / "r.json").read_text().splitlines()[1:]
+    kept = [json.loads(line)["cell"] for line in lines]
+    assert [cell["length"] for cell in kept] == [256, 512]  # what is kept of a request is another
     task = task_folder / "choice.yaml"
     task.write_text(task.read_text() + "# another\n")
     result = run(root, *words, "--limit", 6)

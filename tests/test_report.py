@@ -318,3 +318,9 @@ def test_wrong_inputs(root: Path, tmp_path: Path) -> None:
     before = (root / "f.json").read_bytes()
     run(root, "report", "f.json", "-o", str(root / "f.json"), code=2)
     assert (root / "f.json").read_bytes() == before
+    result = run(
+        root, "report", "f.json", "-o", "report.html", "--model-card", "report.html", code=2
+    )
+    assert "-o and --model-card both name" in result.output
+    result = run(root, "report", "f.json", "--plots", "/proc/plots", code=2)
+    assert "--plots /proc/plots: cannot make this folder" in result.output

@@ -58,6 +58,7 @@ def test_attention_factors_of_shipped_models() -> None:
     assert rope.yarn_attention_factor(32) == pytest.approx(1.34657, abs=5e-6)
     assert rope.yarn_attention_factor(4, strength=0.6) == pytest.approx(1 + 0.06 * math.log(4))
     assert rope.yarn_attention_factor(0.5) == rope.longrope_attention_factor(1, 4096) == 1.0
+    assert rope.longrope_attention_factor(8, 1) == 1.0
 
 
 def test_tiers_by_position_and_by_sequence() -> None:

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from test_onnx import export, make_source, three_tiers
 from test_onnx_precision import emulated_reference
 from tiny_models import add_bpe_tokenizer, add_sentencepiece
@@ -31,14 +32,20 @@ from longrope_export.runtimes.onnx import OnnxModel
 from longrope_export.runtimes.onnx_layers import with_layer_outputs
 from longrope_export.runtimes.open import parse_export
 from longrope_export.verify.certificate import content_hash, read_certificate
-from longrope_export.verify.compare import Limit, compare, float32_angle_error, limit_for
+from longrope_export.verify.compare import (
+    Limit,
+    compare,
+    float32_angle_error,
+    is_precision,
+    limit_for,
+)
 from longrope_export.verify.exports import check_length
 from longrope_export.verify.layers import first_departure
 from longrope_export.verify.memory import longest_length
 from longrope_export.verify.own_weights import use_weights_of
 from longrope_export.verify.plan import checked_borders, make_cases, rows_of
 from longrope_export.verify.reference import Reference
-from longrope_export.verify.report import table_rows
+from longrope_export.verify.report import rich_tables, table_rows
 
 Folder = Path
 
@@ -121,6 +128,15 @@ def test_limits_by_precision() -> None:
     assert limit_for("q4_k", {"q4_k": Limit(None, 9, 9)}).kl == 9
     with pytest.raises(ConfigError, match="--limit tq1_0="):
         limit_for("tq1_0")
+
+
+def test_every_precision_of_a_runtime_may_have_a_limit() -> None:
+    from gguf import GGMLQuantizationType
+
+    types = {type_.name.lower() for type_ in GGMLQuantizationType if type_.name[0] != "I" or "Q" in type_.name}  # fmt: skip
+    types = {{"f32": "fp32", "f16": "fp16"}.get(name, name) for name in types}
+    assert all(map(is_precision, {*types, "int8", "int4", "4-bit", "unknown", "unpacked"}))
+    assert not any(map(is_precision, ("", "fp23", "q4", "FP32")))
 
 
 def test_the_reference_shares_no_formula() -> None:
@@ -316,6 +332,17 @@ def test_a_graph_of_others_tells_no_layers(made: Folder, tmp_path: Path) -> None
     assert len(with_layer_outputs(made / "onnx" / "model.onnx", 2)[1]) == 2
 
 
+def test_brackets_in_names_are_shown(made: Folder) -> None:
+    certificate = json.loads((made / "certificate.json").read_text())
+    (found,) = certificate["exports"]
+    found["path"], found["problems"] = "onnx[v2]", ["layers[a] differ"]
+    found["cases"][0]["name"] = "case[b]"
+    console = Console(width=200, record=True)
+    console.print(*rich_tables(certificate))
+    text = console.export_text()
+    assert all(part in text for part in ("onnx[v2]", "layers[a] differ", "case[b]"))
+
+
 def test_wrong_use(made: Folder) -> None:
     assert "at least one EXPORT" in run(made, "m").output
     assert "target" in run(made, "m", "onnx", "--length", 10**6).output
@@ -327,6 +354,25 @@ def test_wrong_use(made: Folder) -> None:
     text.write_text("Every file that comes out of a converter must hold the same numbers. " * 20)
     result = run(made, "m", "onnx", "--factors", made / "f.json", "--text", text, "--length", 80)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--text", "latin.txt"), "cannot be read as UTF-8"),
+        (("--plot", "plot.xyz"), "expected .png, .svg"),
+        (("--seed", -1), "-1 is not in the range"),
+        (("--limit", "fp32=1"), "expected PRECISION=KL"),
+        (("--limit", "fp32=1:1:1:1"), "expected PRECISION=KL"),
+        (("--limit", "fp23=1:1"), "no runtime reports the precision fp23"),
+    ],
+)
+def test_bad_values_are_exit_code_2(made: Folder, options: tuple[object, ...], said: str) -> None:
+    (made / "latin.txt").write_bytes(b"caf\xe9")
+    words = [made / str(w) if str(w).startswith(("latin", "plot")) else w for w in options]
+    result = run(made, "m", "onnx", "--length", 80, *words)
+    assert result.exit_code == 2 and said in result.output, result.output
+    assert not (made / "plot.xyz").exists()
 
 
 def test_check_finds_the_export_again_and_nothing_else(made: Folder, tmp_path: Path) -> None:
@@ -342,6 +388,23 @@ def test_check_finds_the_export_again_and_nothing_else(made: Folder, tmp_path: P
     assert result.exit_code == 1 and "none of the certified exports" in result.output
     (tmp_path / "x.json").write_text("{}")
     assert run(tmp_path, "--check", tmp_path / "x.json", "other").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("nonexist",), "nonexist: no such file or folder"),
+        (("http://127.0.0.1:1",), "no such file or folder"),
+        (("onnx", "--embed"), "--embed is not for --check"),
+        (("onnx", "-o", "x.json"), "--output is not for --check"),
+        (("onnx", "--length", 5), "--length is not for --check"),
+        (("onnx", "--factors", "no.json"), "--factors is not for --check"),
+        (("onnx", "--json"), "--json is not for --check"),
+    ],
+)
+def test_check_ignores_nothing(made: Folder, words: tuple[object, ...], said: str) -> None:
+    result = run(made, "--check", made / "certificate.json", *words)
+    assert result.exit_code == 2 and said in result.output, result.output
 
 
 def test_check_runs_the_export(made: Folder) -> None:
@@ -412,6 +475,18 @@ def test_no_output_takes_the_place_of_an_input(made: Folder) -> None:
     assert (made / "f.json").read_bytes() == before
     missing = run(made, "m", "onnx", *options, "--markdown", made / "no" / "card.md")
     assert missing.exit_code == 2
+    for option in ("-o", "--markdown", "--plot"):
+        for file in (made / "m" / "config.json", made / "onnx" / "model.onnx"):
+            before = file.read_bytes()
+            assert run(made, "m", "onnx", *options, option, file).exit_code == 2
+            assert file.read_bytes() == before
+
+
+def test_two_outputs_are_two_files(made: Folder, tmp_path: Path) -> None:
+    one, other = tmp_path / "x", tmp_path / ".." / tmp_path.name / "x"
+    result = run(made, "m", "onnx", "--length", 80, "-o", one, "--markdown", other)
+    assert result.exit_code == 2 and "-o and --markdown both name" in result.output
+    assert not one.exists()
 
 
 def test_many_rows_are_compared_as_few_are() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -102,8 +102,51 @@ def input_files(model: Path, factors: Path | None, tiers: tuple[str, ...]) -> li
     """Every file that a command reads, so that none of them becomes its output."""
     named = [model, *([factors] if factors else [])]
     named += [Path(tier.partition("=")[2]) for tier in tiers]
-    inside = [file for path in named if path.is_dir() for file in path.iterdir() if file.is_file()]
+    return with_contents(named)
+
+
+def with_contents(paths: Iterable[Path]) -> list[Path]:
+    """The paths, and every file inside of those that are folders."""
+    named = list(paths)
+    inside = [file for path in named if path.is_dir() for file in path.rglob("*") if file.is_file()]
     return [*named, *inside]
+
+
+def read_utf8(path: Path, option: str) -> str:
+    """The content of a text that an option names.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    from longrope_export.errors import ConfigError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path}: cannot be read as UTF-8: {error}") from error
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -> None:
+    """Refuse outputs of one command that are inputs, or that are two names of one file.
+
+    Args:
+        outputs: by the name of the option; None where it is not given.
+
+    Raises:
+        OutputError: nothing has been written yet.
+    """
+    from longrope_export.errors import OutputError
+    from longrope_export.outputs import check_output
+
+    read = list(inputs)
+    taken: dict[Path, str] = {}
+    for option, output in outputs.items():
+        if output is None:
+            continue
+        check_output(output, read, force=True)
+        other = taken.setdefault(output.resolve(), option)
+        if other != option:
+            raise OutputError(f"{other} and {option} both name {output}: give two names")
 
 
 def number_list(kind: Callable[[str], N], example: str) -> Callable[[str], tuple[N, ...]]:
@@ -162,6 +205,14 @@ def check_dry_run(dry_run: bool, *, verify: bool, as_json: bool) -> None:
             raise UnsupportedError(
                 f"{flag} needs a file, --dry-run writes none: leave one of them out"
             )
+
+
+def was_given(name: str) -> bool:
+    """True if the option of this parameter stands on the command line."""
+    from click.core import ParameterSource
+
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
 def say_report(report: ExportReport, max_length: int | None, *, as_json: bool) -> None:
@@ -230,8 +281,9 @@ def share_progress() -> Iterator[Callable[[str, float], None]]:
         yield lambda what, share: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=1.0)
-        yield lambda what, share: progress.update(task, description=what, completed=share)
+        yield lambda what, share: progress.update(task, description=escape(what), completed=share)

@@ -15,8 +15,11 @@ from longrope_export.cli.common import (
     json_option,
     number_list,
     print_json,
+    read_utf8,
     say,
     share_progress,
+    was_given,
+    with_contents,
 )
 
 if TYPE_CHECKING:
@@ -113,13 +116,14 @@ def command(
     longrope-export evaluate model.gguf model-onnx/ --text book.txt --passkey --needle -o r.json
     """
     from longrope_export.evaluate.journal import journal_path
-    from longrope_export.evaluate.results import make_results, rich_tables
+    from longrope_export.evaluate.results import is_results, make_results, rich_tables
     from longrope_export.evaluate.run import Options, evaluate, open_journal
     from longrope_export.evaluate.settings import Settings
     from longrope_export.evaluate.subjects import check_lengths, make_subjects
     from longrope_export.outputs import check_output, write_text
     from longrope_export.runtimes.open import parse_export
 
+    _refuse_ignored(tasks=bool(tasks), passkey=passkey, needle=needle)
     settings = Settings(
         lengths=tuple(sorted(set(lengths))),
         perplexity=perplexity and bool(texts or not tasks),
@@ -135,8 +139,10 @@ def command(
         tasks=tuple(filter(None, (tasks or "").split(","))),
     )
     exports = [parse_export(path) for path in paths]
-    inputs = [*texts, *factors, *(Path(export.path) for export in exports)]
-    check_output(output, inputs, force=True)
+    local = [export.path for export in exports if isinstance(export.path, Path)]
+    inputs = with_contents([*texts, *factors, *local])
+    check_output(output, inputs, force=force or is_results(output))
+    check_output(journal_path(output), inputs, force=True)
     documents = _read_texts(texts)
     subjects = make_subjects(exports, factors, dtype=dtype, device=device)
     check_lengths(subjects, settings.lengths[-1])
@@ -161,15 +167,29 @@ def command(
 
 def _read_texts(paths: tuple[Path, ...]) -> list[Text]:
     """Documents, each by the name of its file, or its path where two are alike."""
-    from longrope_export.errors import ConfigError
     from longrope_export.evaluate.settings import Text
 
     names = [path.name for path in paths]
     found = []
     for path in dict.fromkeys(paths):
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--text {path}: cannot be read as UTF-8: {error}") from error
+        content = read_utf8(path, "--text")
         found.append(Text(path.name if names.count(path.name) == 1 else str(path), content))
     return found
+
+
+def _refuse_ignored(*, tasks: bool, passkey: bool, needle: bool) -> None:
+    """Refuse options of tasks that are not asked for.
+
+    Those that a journal holds on to (--stride, --keys, --values, --seed) may be given before.
+    """
+    for names, needed, is_there in (
+        (("limit", "include_path"), "--tasks", tasks),
+        (("depths",), "--passkey", passkey),
+        (("trials",), "--passkey or --needle", passkey or needle),
+    ):
+        for name in names:
+            if was_given(name) and not is_there:
+                option = name.replace("_", "-")
+                raise click.UsageError(
+                    f"--{option} is of {needed}, which is not given: add that, or leave it out"
+                )

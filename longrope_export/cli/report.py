@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from longrope_export.cli.common import CONTEXT_SETTINGS, OUTPUT_PATH, say
+from longrope_export.cli.common import CONTEXT_SETTINGS, OUTPUT_PATH, check_outputs, say
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -53,7 +53,8 @@ def command(
         )
     import os
 
-    from longrope_export.outputs import check_output, write_text
+    from longrope_export.errors import OutputError
+    from longrope_export.outputs import write_text
     from longrope_export.report.drawing import save_plots
     from longrope_export.report.figures import make_plots
     from longrope_export.report.html import DEFAULT_TITLE, make_page
@@ -62,15 +63,18 @@ def command(
 
     found = read_inputs(inputs)
     read = [file for path in inputs for file in ([path] if path.is_file() else path.iterdir())]
-    for file in (output, model_card):
-        if file is not None:
-            check_output(file, read, force=True)
+    check_outputs({"-o": output, "--model-card": model_card}, read)
     made = make_plots(found)
     name = title or DEFAULT_TITLE
     page = make_page(found, made, name) if output else None
     images: list[str] = []
     if plots is not None:
-        plots.mkdir(parents=True, exist_ok=True)
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"--plots {plots}: cannot make this folder: {error.strerror}; choose another"
+            ) from error
         written = save_plots(made, plots)
         say(f"{plots}: {len(written)} files")
         if model_card is not None:

@@ -12,15 +12,19 @@ from longrope_export.cli.common import (
     CONTEXT_SETTINGS,
     OUTPUT_PATH,
     SEED,
+    check_outputs,
     factor_options,
     given_factors,
     input_files,
     is_quiet,
     json_option,
     print_json,
+    read_utf8,
     say,
     share_progress,
     switch_option,
+    was_given,
+    with_contents,
 )
 
 if TYPE_CHECKING:
@@ -104,12 +108,15 @@ def command(
         raise click.UsageError("give MODEL and at least one EXPORT")
     model, *exports = paths
     from longrope_export.models.model import find_model, load_model
-    from longrope_export.outputs import check_output, write_text
+    from longrope_export.outputs import write_text
     from longrope_export.runtimes.open import parse_export
     from longrope_export.verify.exports import check_length, verify_exports
+    from longrope_export.verify.report import check_plot, save_plot
     from longrope_export.verify.report import markdown as as_markdown
-    from longrope_export.verify.report import save_plot
 
+    parsed_limits = dict(map(_parse_limit, limits))
+    if plot is not None:
+        check_plot(plot)
     source = load_model(find_model(model))
     config = given_factors(factors, tiers, source, switch) or source.native
     chosen = [parse_export(export) for export in exports]
@@ -117,19 +124,18 @@ def command(
     if length is None and used < config.max_position_embeddings:
         say(f"the free memory allows {used} of {config.max_position_embeddings} tokens")
     inputs = input_files(source.path, factors, tiers)
-    inputs += [Path(export.path) for export in chosen] + ([text] if text else [])
-    for file in (output, markdown, plot):
-        if file is not None:
-            check_output(file, inputs, force=True)
+    inputs += with_contents(export.path for export in chosen if isinstance(export.path, Path))
+    inputs += [text] if text else []
+    check_outputs({"-o": output, "--markdown": markdown, "--plot": plot}, inputs)
     with share_progress() as step:
         certificate, results = verify_exports(
             source,
             config,
             chosen,
             used,
-            text=None if text is None else text.read_text(encoding="utf-8"),
+            text=None if text is None else read_utf8(text, "--text"),
             seed=seed,
-            limits=dict(map(_parse_limit, limits)),
+            limits=parsed_limits,
             threads=threads,
             build=build,
             say=step,
@@ -182,8 +188,21 @@ def _show(certificate: dict[str, Any]) -> None:
 
 
 def _check(file: Path, paths: tuple[str, ...], threads: int | None, build: bool) -> None:
+    from longrope_export.errors import ModelError
     from longrope_export.verify.certificate import check_export, read_certificate
 
+    for parameter in click.get_current_context().command.params:
+        name = parameter.name or ""
+        if name not in ("paths", "check", "threads", "build") and was_given(name):
+            raise click.UsageError(
+                f"{parameter.opts[-1]} is not for --check, which only runs what the certificate "
+                "says: leave one of them out"
+            )
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ModelError(
+                f"{path}: no such file or folder: --check takes exports on this machine"
+            )
     certificate = read_certificate(file)
     failed = False
     for path in map(Path, paths):
@@ -199,15 +218,19 @@ def _check(file: Path, paths: tuple[str, ...], threads: int | None, build: bool)
 
 def _parse_limit(text: str) -> tuple[str, Limit]:
     from longrope_export.errors import ConfigError
-    from longrope_export.verify.compare import Limit
+    from longrope_export.verify.compare import LIMITS, Limit, is_precision
 
     precision, _, values = text.partition("=")
     try:
-        numbers = [float(value) for value in values.split(":")]
-        kl, mean_kl = numbers[:2]
-        difference = numbers[2] if len(numbers) == 3 else None
+        kl, mean_kl, *rest = [float(value) for value in values.split(":")]
+        (difference,) = rest or [None]
     except ValueError as error:
         raise ConfigError(
             f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as q4_k=0.5:0.1"
         ) from error
+    if not is_precision(precision):
+        raise ConfigError(
+            f"--limit {text}: no runtime reports the precision {precision}: expected "
+            f"{', '.join(LIMITS)}, unknown, or a type of llama.cpp, as q4_k"
+        )
     return precision, Limit(difference, kl, mean_kl)

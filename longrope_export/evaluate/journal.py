@@ -28,7 +28,7 @@ class Journal:
         path: made if it is not there.
         settings: that all its cells were measured with, JSON values; see Settings.fixed.
         texts: name -> SHA-256 of every document.
-        fresh: forget what is there.
+        fresh: forget what is there, as soon as the first cell is finished.
 
     Raises:
         OutputError: it was begun with other settings or texts, is no such file, cannot be
@@ -46,6 +46,7 @@ class Journal:
         self.path = path
         self._done: dict[Cell, tuple[str, dict[str, Any]]] = {}
         self._texts: dict[str, str] = {}
+        self._new_head: dict[str, Any] | None = None  # of what is yet to be begun anew
         try:
             self._file: IO[bytes] = path.open("ab+")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,12 +61,15 @@ class Journal:
             raise
 
     def _read(self, settings: dict[str, Any], texts: dict[str, str], fresh: bool) -> None:
+        if fresh:
+            self._new_head = {**_known(settings), "texts": texts}
+            return
         self._file.seek(0)
-        lines = [] if fresh else self._file.read().splitlines(keepends=True)
+        lines = self._file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()  # what a killed run was writing
         head, *cells = map(self._parse, lines) if lines else ({},)
-        known = {"format": FORMAT, "version": VERSION, "settings": settings}
+        known = _known(settings)
         if lines:
             self._check_head(head, known)
             self._texts = dict(head.get("texts", {}))
@@ -150,6 +154,10 @@ class Journal:
             OutputError: the disk is full.
         """
         try:
+            if self._new_head is not None:
+                self._file.truncate(0)
+                self._write(self._new_head)
+                self._new_head = None
             self._write({"cell": asdict(cell), "identity": identity, "result": result})
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -163,3 +171,7 @@ class Journal:
     def close(self) -> None:
         """Let others write."""
         self._file.close()
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, "settings": settings}

@@ -78,6 +78,15 @@ def read_results(path: Path) -> dict[str, Any]:
     return values
 
 
+def is_results(path: Path) -> bool:
+    """It says that it is a results.json, of whatever version."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("format") == FORMAT
+
+
 @dataclass(frozen=True)
 class Table:
     """Text in rows.
@@ -229,14 +238,16 @@ def _cost_table(results: Mapping[str, Any], models: Sequence[str]) -> Iterator[T
 
 def rich_tables(results: Mapping[str, Any]) -> Iterator[RichTable]:
     """For a terminal."""
+    from rich.markup import escape
     from rich.table import Table as RichTable
 
     for table in tables(results):
-        shown = RichTable(title=table.title, title_justify="left", caption=table.note or None)
+        caption = escape(table.note) or None
+        shown = RichTable(title=escape(table.title), title_justify="left", caption=caption)
         for index, name in enumerate(table.header):
-            shown.add_column(name, justify="right" if index else "left")
+            shown.add_column(escape(name), justify="right" if index else "left")
         for row in table.rows:
-            shown.add_row(*row)
+            shown.add_row(*map(escape, row))
         yield shown
 
 

@@ -149,7 +149,6 @@ class _Session:
 
     def open(self, subject: Subject, length: int) -> Runtime:
         """The runtime of a subject; the one before it is closed where it has to be."""
-        length = length or self._settings.lengths[-1]
         same = subject is self._subject
         if self._runtime is not None and same and (length == self._length or not subject.allocates):
             return self._runtime
@@ -185,7 +184,7 @@ class _Session:
             result = run_task(
                 runtime,
                 cell.text,
-                longest=self._settings.lengths[-1],
+                longest=cell.length,
                 include_path=self.options.include_path,
                 limit=self.options.limit,
                 seed=self._settings.seed,

@@ -118,7 +118,7 @@ class Cell:
     Attributes:
         task: perplexity, passkey, multikey, multivalue, or lm-eval.
         model: label of the subject.
-        length: tokens; 0 for lm-eval.
+        length: tokens; for lm-eval the longest length, of which its requests keep the last tokens.
         text: name of the document, or of the lm-eval task.
         num_tokens: of it that are read, for perplexity.
         depth: of the passkey.
@@ -134,26 +134,24 @@ class Cell:
     trial: int | None = None
 
     def __str__(self) -> str:
-        parts = [self.task, self.model, self.text, str(self.length) if self.length else ""]
+        parts = [self.task, self.model, self.text, str(self.length)]
         parts += ["" if self.depth is None else f"depth {self.depth:g}"]
         return ", ".join(part for part in parts if part)
 
 
 def make_cells(settings: Settings, models: Sequence[str], texts: Sequence[Text]) -> list[Cell]:
     """Every cell, model by model and length by length, cheap lengths first."""
-    return [
-        cell
-        for model in models
-        for length in (*settings.lengths, 0)
-        for cell in _cells_of(settings, model, length, texts)
-    ]
+    return [cell for model in models for cell in _cells_of_model(settings, model, texts)]
+
+
+def _cells_of_model(settings: Settings, model: str, texts: Sequence[Text]) -> Iterator[Cell]:
+    for length in settings.lengths:
+        yield from _cells_of(settings, model, length, texts)
+    for task in settings.tasks:
+        yield Cell(LM_EVAL, model, settings.lengths[-1], task)
 
 
 def _cells_of(settings: Settings, model: str, length: int, texts: Sequence[Text]) -> Iterator[Cell]:
-    if not length:
-        for task in settings.tasks:
-            yield Cell(LM_EVAL, model, 0, task)
-        return
     if settings.perplexity:
         for text in texts:
             yield Cell(PERPLEXITY, model, length, text.name, settings.num_tokens)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
-from longrope_export.errors import ModelError
+from longrope_export.errors import ConfigError, ModelError
 from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.model import load_model
 from longrope_export.models.torch_model import load_torch_model, load_torch_tokenizer
@@ -60,6 +60,7 @@ class HfModel:
         UnsupportedError: torch or transformers is not installed, a config does not fit, or the weights
             are quantized.
         ModelError: transformers cannot load the model.
+        ConfigError: torch has no such device here, or it is too small.
     """
 
     def __init__(
@@ -80,7 +81,14 @@ class HfModel:
         self.config: LongRopeConfig | None = source.native if carries else None
         self._used = source.native if source.is_extended or config is None else config
         model, version = load_torch_model(path, dtype, trust_remote_code=flavour is Flavour.REMOTE)
-        self.model = model.to(device)
+        try:
+            self.model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # an unknown device, or none here
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"--device {device}: {path} cannot be put there: {reason}; give cpu, or a device of "
+                "torch that this machine has, as cuda or cuda:1"
+            ) from error
         if flavour is Flavour.OURS:
             apply_longrope(model, self._used)
         # a modelling file of ours has the same runtime inside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -41,6 +42,8 @@ LIMITS: dict[str, Limit] = {
     # quantized, from a reference on the export's own weights: activations in blocks of 8 bits
     "unpacked": Limit(None, 0.2, 0.02),
 }
+# beside those in LIMITS: ggml's types, llama.cpp's file types, ours of ONNX, a server that does not say
+_REPORTED = re.compile(r"(i?q|tq)\d_\w+|mxfp4(_moe)?|nvfp4|int4|f64|unknown")
 _SMALLEST = -80.0  # below it a probability in float32 loses its digits
 _ROUNDING = 1e-3  # of a sum of float32 probabilities; llama-server's, of 49152 tokens, was 1.0002
 _BLOCK = 64  # rows
@@ -62,6 +65,11 @@ def limit_for(precision: str, given: dict[str, Limit] | None = None) -> Limit:
     raise ConfigError(
         f"no limits are known for {precision}: give them, as --limit {precision}=KL:MEAN_KL"
     )
+
+
+def is_precision(name: str) -> bool:
+    """Whether a limit of this name can be used: a name in LIMITS, or one that a runtime may report."""
+    return name in LIMITS or _REPORTED.fullmatch(name) is not None
 
 
 def is_quantized(precision: str) -> bool:

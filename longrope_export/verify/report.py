@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longrope_export.errors import ToolError
+from longrope_export.errors import OutputError, ToolError
 from longrope_export.outputs import replace_when_done
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("case", "tokens", "max |d|", "max KL", "mean KL", "top-1", "result")
 SOURCE_WEIGHTS = "the source's"
+_PLOTS = (".png", ".svg", ".pdf")
 _FLOOR = 1e-12  # what a logarithmic axis shows for nothing
 
 
@@ -64,17 +65,19 @@ def title_of(export: Mapping[str, Any]) -> str:
 
 def rich_tables(certificate: Mapping[str, Any]) -> Iterator[Table]:
     """For a terminal, one for each export."""
+    from rich.markup import escape
     from rich.table import Table
 
     for export in certificate["exports"]:
         color = "green" if export["passed"] else "red"
-        table = Table(title=title_of(export), title_style=f"bold {color}", title_justify="left")
+        title = escape(title_of(export))
+        table = Table(title=title, title_style=f"bold {color}", title_justify="left")
         for name in COLUMNS:
             table.add_column(name, justify="left" if name in ("case", "result") else "right")
         rows = table_rows(export)
         for row in rows[: len(rows) - len(export["problems"])]:
-            table.add_row(*row, style="red" if row[-1].startswith("misses") else None)
-        table.caption, table.caption_justify = "\n".join(export["problems"]), "left"
+            table.add_row(*map(escape, row), style="red" if row[-1].startswith("misses") else None)
+        table.caption, table.caption_justify = escape("\n".join(export["problems"])), "left"
         yield table
 
 
@@ -120,6 +123,18 @@ def _what_ran(export: Mapping[str, Any]) -> str:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def check_plot(output: Path) -> None:
+    """Refuse a name that no plot can have, before anything is run.
+
+    Raises:
+        OutputError: nothing has been written yet.
+    """
+    if output.suffix.lower() not in ("", *_PLOTS):
+        raise OutputError(
+            f"--plot {output}: cannot draw {output.suffix} files, expected {', '.join(_PLOTS)}"
+        )
 
 
 def save_plot(certificate: Mapping[str, Any], output: Path) -> None:

@@ -91,7 +91,8 @@ def last_positions(positions: Tensor, real: Tensor) -> Tensor:
     A document begins where a position does not follow that of the last real token before it:
     padding in the middle of a document does not end it.
     """
-    columns = torch.where(real, torch.arange(real.shape[1]), -1).cummax(1).values  # of that token
+    places = torch.arange(real.shape[1], device=real.device)
+    columns = torch.where(real, places, -1).cummax(1).values  # of that token
     before = torch.where(columns < 0, -2, positions.gather(1, columns.clamp(min=0)))
     begins = real.clone()
     begins[:, 1:] &= positions[:, 1:] != before[:, :-1] + 1
