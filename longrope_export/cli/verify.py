@@ -223,7 +223,9 @@ def _parse_limit(text: str) -> tuple[str, Limit]:
     precision, _, values = text.partition("=")
     try:
         kl, mean_kl, *rest = [float(value) for value in values.split(":")]
-        (difference,) = rest or [None]
+        difference = rest.pop() if rest else None
+        if rest:
+            raise ValueError("more than three numbers")
     except ValueError as error:
         raise ConfigError(
             f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as q4_k=0.5:0.1"
