@@ -228,7 +228,8 @@ def _parse_limit(text: str) -> tuple[str, Limit]:
     precision, _, values = text.partition("=")
     try:
         kl, mean_kl, *rest = [float(value) for value in values.split(":")]
-        (difference,) = rest or [None]
+        if len(rest) > 1:
+            raise ValueError(values)
     except ValueError as error:
         raise ConfigError(
             f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as q4_k=0.5:0.1"
@@ -238,4 +239,4 @@ def _parse_limit(text: str) -> tuple[str, Limit]:
             f"--limit {text}: no runtime reports the precision {precision}: expected "
             f"{', '.join(LIMITS)}, unknown, or a type of llama.cpp, as q4_k"
         )
-    return precision, Limit(difference, kl, mean_kl)
+    return precision, Limit(rest[0] if rest else None, kl, mean_kl)
