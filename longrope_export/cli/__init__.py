@@ -50,19 +50,17 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except LongRopeError as error:
-            if ctx.params.get("verbose"):
-                logging.getLogger("longrope_export").exception("where it went wrong:")
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output has left: nothing more to say
             ctx.exit(0)
-        except OSError as error:  # a file that is not ours to read, a program that does not start
+        except (LongRopeError, OSError) as error:
             if ctx.params.get("verbose"):
                 logging.getLogger("longrope_export").exception("where it went wrong:")
-            where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"Error: {where}{error.strerror or error}", err=True)
+            words = str(error)
+            if isinstance(error, OSError):  # a file not ours to read, a program that does not start
+                where = f"{error.filename}: " if error.filename else ""
+                words = f"{where}{error.strerror or error}"
+            click.echo(f"Error: {words}", err=True)
             ctx.exit(2)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+from longrope_export.cli.common import was_given
 
 if TYPE_CHECKING:
     from longrope_export.config import LongRopeConfig
@@ -24,11 +24,8 @@ def refuse_ignored(
     Raises:
         ConfigError: naming the option and what it belongs to.
     """
-    from click.core import ParameterSource
-
     from longrope_export.errors import ConfigError
 
-    context = click.get_current_context()
     groups = (
         (("tokens", "chunks", "true_places"), "--layout pose", recipe.layout == "pose"),
         (("short_share",), "--layout mixed", recipe.layout == "mixed"),
@@ -48,8 +45,7 @@ def refuse_ignored(
     )
     for names, needed, is_there in groups:
         for name in names:
-            given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-            if given and not is_there:
+            if was_given(name) and not is_there:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} belongs to {needed}: here it would be ignored")
 

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+from longrope_export.cli.common import was_given
 
 if TYPE_CHECKING:
     from longrope_export.models.model import Model
@@ -42,14 +42,7 @@ def refuse_ignored(given: dict[str, Any]) -> None:
     Raises:
         ConfigError: naming both.
     """
-    from click.core import ParameterSource
-
     from longrope_export.errors import ConfigError
-
-    context = click.get_current_context()
-
-    def is_set(name: str) -> bool:
-        return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
     kinds = [f"--{name}" for name in ("ladder", "recover") if given[name]]
     if len(kinds) == 2:
@@ -64,11 +57,11 @@ def refuse_ignored(given: dict[str, Any]) -> None:
         used.append("--switch")
     for what in used:
         for name in _IGNORED[what]:
-            if is_set(name):
+            if was_given(name):
                 option = {"attention": "attention-factor"}.get(name, name.replace("_", "-"))
                 raise ConfigError(f"{what} does not use --{option}: it would be ignored")
     for name, needed in _NEED.items():
-        if is_set(name) and not given[needed]:
+        if was_given(name) and not given[needed]:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --{needed}")
 
 

@@ -50,9 +50,9 @@ def split_documents(
 ) -> Split:
     """Windows of `length` tokens for search, validation and test.
 
-    A work that is given twice counts once. With three works or more that are long enough, each set has its own works. With less, the sets
-    are different places of the same works, or, where there are fewer than three windows, the same
-    ones; Split.held_out says so.
+    A work that is given twice counts once. With three works or more that are long enough, each set
+    has its own works. With less, the sets are different places of the same works, or, where there
+    are fewer than three windows, the same ones; Split.held_out says so.
 
     Args:
         works: (name, ids) without special tokens.

@@ -9,7 +9,8 @@ from longrope_export.errors import LongRopeError
 from longrope_export.gguf_format import GgufHeader
 from longrope_export.gguf_keys import LLAMA3_TENSOR, has_stock_fields
 from longrope_export.honours import Verdict, honours
-from longrope_export.models.model import Model, ModelKind, load_model
+from longrope_export.models.model import Model, ModelKind
+from longrope_export.models.native_gguf import native_of_gguf
 
 
 def make_notes(model: Model, config: LongRopeConfig | None, header: GgufHeader) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ def _carried_notes(model: Model, header: GgufHeader) -> tuple[str, ...]:
             "make factors with `longrope-export factors dynamic-ntk` and pass --factors",
         )
     try:
-        got, want = load_model(header.path).native.tiers[-1], model.native.tiers[-1]
+        got, want = native_of_gguf(header).tiers[-1], model.native.tiers[-1]
     except LongRopeError:  # of an architecture that is not read here
         return ()
     pairs = list(zip(got.rescale_factors, want.rescale_factors, strict=False))
