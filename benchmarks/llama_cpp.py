@@ -1,6 +1,6 @@
 """The patched llama.cpp beside the stock one: speed without keys, with keys, and what a tier border costs.
 
-    python benchmarks/llama_cpp.py [--launches 4] [--long 32768]
+    python benchmarks/llama_cpp.py [--launches 4]
 
 Runs SmolLM2 (fetched through pip) in both builds of the pinned source, in turns, and prints medians
 as ratios. Both builds are made in the cache if they are not there (minutes).
@@ -30,7 +30,7 @@ UBATCH = 512
 F16_CACHE = "type_k=f16 type_v=f16 fa=1"
 PROMPT = 512
 BATCH = 2048
-FINE = 164  # tokens between the borders of a ladder of 151 tiers
+FINE = 123  # tokens between the borders of a ladder of 201 tiers
 
 
 class Driver:
@@ -43,9 +43,15 @@ class Driver:
         self.program = require_driver(self.patched)
 
     def start(
-        self, libraries: Path, model: Path, context: int, threads: int, ubatch: int = UBATCH
+        self,
+        libraries: Path,
+        model: Path,
+        context: int,
+        threads: int,
+        ubatch: int = UBATCH,
+        output: Path = Path("/dev/null"),
     ) -> Session:
-        return Session(self.program, libraries, model, context, threads, ubatch)
+        return Session(self.program, libraries, model, context, threads, ubatch, output)
 
 
 class Session:
@@ -59,9 +65,10 @@ class Session:
         context: int,
         threads: int,
         ubatch: int,
+        output: Path,
     ) -> None:
         self.process = subprocess.Popen(
-            [program, model, "/dev/null"],
+            [program, model, output],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a dot for every tensor
@@ -73,8 +80,20 @@ class Session:
 
     def decode(self, position: int, count: int = 1) -> float:
         """Seconds of one batch of `count` tokens at `position`."""
-        self._write(f"add 0 {position} {' '.join(str(7 + i % 1000) for i in range(count))}")
-        self._write("run")
+        return self._decode(position, [7 + i % 1000 for i in range(count)], "run")
+
+    def score(self, position: int, tokens: list[int], following: int) -> float:
+        """The same of real tokens; -ln p of the one behind each goes to the output."""
+        return self._decode(position, tokens, f"score {following}")
+
+    def use(self, rule: str, length: int) -> None:
+        """A rule for tier borders and the length that a text will have."""
+        self._write(f"switch {rule}")
+        self._write(f"length 0 {length}")
+
+    def _decode(self, position: int, tokens: list[int], command: str) -> float:
+        self._write(f"add 0 {position} {' '.join(map(str, tokens))}")
+        self._write(command)
         assert self.process.stdout
         answers = (line.split() for line in self.process.stdout)
         return next(int(words[1]) / 1e6 for words in answers if words[0] == "time")
@@ -151,7 +170,6 @@ def main() -> None:
         "--positions", default="0,20000", help="where the prompt begins; empty: not this table"
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--long", type=int, default=32768, help="0: without the long prefill")
     arguments = parser.parse_args()
     console = Console()
     model = fetch_smollm2()
@@ -192,42 +210,6 @@ def main() -> None:
         border.add_row("prefill of 8192 tokens", f"{first:.2f}", "")
         border.add_row("rotation of their keys", f"{rotation:.3f}", f"1/{first / rotation:.0f}")
         console.print(border)
-
-        if arguments.long:
-            long_prefills(console, driver, three, many, arguments)
-
-
-def long_prefills(
-    console: Console, driver: Driver, three: Path, many: Path, arguments: argparse.Namespace
-) -> None:
-    """What all crossings of a long prompt cost, against one tier for all of it; in turns.
-
-    Borders cut the prompt into small calls, which costs by itself: one tier runs in such calls too.
-    """
-    length = arguments.long
-    one = bake(fetch_smollm2(), three.with_name("one.gguf"), None)
-    cut = f"one tier, {FINE} tokens a call"
-    count = len(load_model(many).native.tiers)
-    runs = {
-        "one tier": (one, UBATCH),
-        "3 tiers": (three, UBATCH),
-        cut: (one, FINE),
-        f"{count} tiers": (many, UBATCH),
-    }
-    sessions = {
-        name: driver.start(driver.patched, file, length, arguments.threads, ubatch)
-        for name, (file, ubatch) in runs.items()
-    }
-    batches: dict[str, list[float]] = {name: [] for name in runs}
-    for position in range(0, length, BATCH):
-        for name, session in sessions.items():
-            batches[name].append(session.decode(position, min(BATCH, length - position)))
-    table = Table("what", "seconds", "to one tier", title=f"prefill of {length} tokens")
-    for name, seconds in batches.items():
-        sessions[name].close()
-        more = sum(seconds) / sum(batches["one tier"]) - 1
-        table.add_row(name, f"{sum(seconds):.1f}", f"{more:+.1%}")
-    console.print(table)
 
 
 if __name__ == "__main__":

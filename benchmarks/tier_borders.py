@@ -1,10 +1,12 @@
-"""Perplexity by stretch of a long text on a real model: rule causal, rule sequence, stock llama.cpp.
+"""A long prompt on a real model: perplexity by stretch and seconds, by rule and by number of tiers.
 
     python benchmarks/tier_borders.py TEXT.txt [--length 32768] [--json out.json]
 
 SmolLM2 (window 8192, F16 weights) with YaRN factors; every token of one window of the text is scored.
-The two builds of the pinned llama.cpp are made in the cache if they are not there. Hours of
-processor time at 32768 tokens on a small machine: each line is printed as soon as it is known.
+The two builds of the pinned llama.cpp are made in the cache if they are not there. The rows take
+turns batch by batch, so that a slow minute of the machine is one for all of them: an hour of two
+cores at 32768 tokens. A tier border also cuts the prompt into smaller calls, which costs by itself:
+rule `sequence` has one tier, and runs in calls as small as those of the finest ladder.
 """
 
 from __future__ import annotations
@@ -12,16 +14,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from llama_cpp import BATCH, F16_CACHE, UBATCH, Driver, bake
+from llama_cpp import BATCH, FINE, UBATCH, Driver, bake
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 from longrope_export.demo.material import fetch_smollm2
 from longrope_export.llama_cpp.binaries import require_binary
+
+WINDOW = 8192
+STOCK = "stock, the same long factors"
 
 
 def tokenize(model: Path, text: str, count: int) -> list[int]:
@@ -35,35 +42,41 @@ def tokenize(model: Path, text: str, count: int) -> list[int]:
     return ids
 
 
-def score(
-    driver: Driver,
-    folder: Path,
-    model: Path,
-    ids: list[int],
-    rule: str | None,
-    scratch: Path,
-    threads: int,
-) -> list[float]:
-    """-ln p of ids[1:], each given all before it."""
+def measure(
+    ids: list[int], threads: int, scratch: Path
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """By row: -ln p of ids[1:], each given all before it; and the seconds of each batch."""
     length = len(ids)
-    sizes = f"n_ctx={length} n_batch={BATCH} n_ubatch={UBATCH} n_threads={threads}"
-    lines = [f"ctx {sizes} {F16_CACHE}"]
-    if rule:
-        lines += [f"switch {rule}", f"length 0 {length}"]
-    for first in range(0, length, BATCH):
+    driver = Driver()
+    weights = scratch / "f16.gguf"
+    quantize = require_binary("llama-quantize", build=True)
+    command = [quantize, "--allow-requantize", fetch_smollm2(), weights, "F16"]
+    subprocess.run(command, check=True, capture_output=True)
+    three = bake(weights, scratch / "three.gguf", "8192,16384,32768")
+    fine = bake(weights, scratch / "fine.gguf", f"every:{FINE}", strength=0.6)
+    one = bake(weights, scratch / "one.gguf", None)
+    rows = {
+        STOCK: (driver.stock, one, None, UBATCH),
+        "causal, tiers 8k, 16k, 32k": (driver.patched, three, "causal", UBATCH),
+        f"sequence, {FINE} tokens a call": (driver.patched, three, "sequence", FINE),
+        f"causal, a tier every {FINE}, strength 0.6": (driver.patched, fine, "causal", UBATCH),
+    }
+    sessions, outputs = {}, {}
+    for i, (name, (libraries, model, rule, ubatch)) in enumerate(rows.items()):
+        outputs[name] = scratch / f"scores-{i}.bin"
+        sessions[name] = driver.start(libraries, model, length, threads, ubatch, outputs[name])
+        if rule:
+            sessions[name].use(rule, length)
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for first in track(range(0, length, BATCH), "batches", console=Console(stderr=True)):
         part = ids[first : first + BATCH]
         following = ids[first + BATCH] if first + BATCH < length else 0
-        lines += [f"add 0 {first} {' '.join(map(str, part))}", f"score {following}"]
-    output = scratch / "scores.bin"
-    subprocess.run(
-        [driver.program, model, output],
-        input="\n".join(lines) + "\n",
-        env={"LD_LIBRARY_PATH": str(folder)},
-        stdout=subprocess.DEVNULL,
-        text=True,
-        check=True,
-    )
-    return np.fromfile(output, np.float32)[: length - 1].tolist()
+        for name, session in sessions.items():
+            seconds[name].append(session.score(first, part, following))
+    for session in sessions.values():
+        session.close()
+    losses = {name: np.fromfile(path, np.float32)[: length - 1] for name, path in outputs.items()}
+    return {name: values.tolist() for name, values in losses.items()}, seconds
 
 
 def main() -> None:
@@ -73,40 +86,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    length, window = arguments.length, 8192
-    borders = [0, *(b for b in (window, 2 * window, 4 * window) if b < length), length]
-    results: dict[str, list[float]] = {}
+    length = arguments.length
+    ids = tokenize(fetch_smollm2(), arguments.text.read_text(), length)
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        driver = Driver()
-        weights = scratch / "f16.gguf"
-        quantize = require_binary("llama-quantize", build=True)
-        command = [quantize, "--allow-requantize", fetch_smollm2(), weights, "F16"]
-        subprocess.run(command, check=True, capture_output=True)
-        ids = tokenize(fetch_smollm2(), arguments.text.read_text(), length)
-        three = bake(weights, scratch / "three.gguf", "8192,16384,32768")
-        fine = bake(weights, scratch / "fine.gguf", "every:2048", strength=0.6)
-        one = bake(weights, scratch / "one.gguf", None)
-        variants = {
-            "causal, tiers 8k, 16k, 32k": (driver.patched, three, "causal"),
-            "sequence (the last tier for all)": (driver.patched, three, "sequence"),
-            "stock, the same long factors": (driver.stock, one, None),
-            "causal, a tier every 2k, strength 0.6": (driver.patched, fine, "causal"),
-        }
-        for name, (libraries, model, rule) in variants.items():
-            losses = score(driver, libraries, model, ids, rule, scratch, arguments.threads)
-            results[name] = losses
-            stretches = [
-                math.exp(float(np.mean(losses[a : min(b, length - 1)])))
-                for a, b in itertools.pairwise(borders)
-            ]
-            shown = "  ".join(
-                f"{a}-{b}: {value:.3f}"
-                for a, b, value in zip(borders, borders[1:], stretches, strict=False)
-            )
-            print(f"{name:40} all: {math.exp(float(np.mean(losses))):.3f}  {shown}", flush=True)
+        losses, seconds = measure(ids, arguments.threads, Path(folder))
+
+    borders = [0, *(b for b in (WINDOW, 2 * WINDOW) if b < length), length]
+    stretches = list(itertools.pairwise(borders))
+    columns = [f"{a}-{b}" for a, b in stretches]
+    title = f"{length} tokens of {arguments.text.stem}: perplexity by stretch, seconds"
+    table = Table("what", *columns, "all", "seconds", "to stock", title=title)
+    for name, values in losses.items():
+        figures = [float(np.exp(np.mean(values[a:b]))) for a, b in [*stretches, (0, length)]]
+        more = sum(seconds[name]) / sum(seconds[STOCK]) - 1
+        shown = [*(f"{v:.3f}" for v in figures), f"{sum(seconds[name]):.1f}", f"{more:+.1%}"]
+        table.add_row(name, *shown)
+    Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results))
+        arguments.json.write_text(json.dumps({"losses": losses, "seconds": seconds}))
 
 
 if __name__ == "__main__":

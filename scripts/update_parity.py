@@ -5,7 +5,7 @@
 Fetches SmolLM2 and builds both llama.cpp where they are missing. Three tiers with borders at 8192 and
 16384 tokens, up to 32768; every border is looked at whatever the length is. Part after part, in any order and
 in as many runs as one likes: --work keeps the certificate of each, and the document holds all of them. At 16384
-tokens the three float32 parts take some 20 to 40 minutes of one core each.
+tokens each of the five float32 parts takes some 20 to 40 minutes of one core.
 """
 
 from __future__ import annotations
@@ -124,18 +124,23 @@ def to_onnx(
 
 
 def transformers(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
-    remote = to_folder(folder, config, root / "smollm2-remote")
-    yield Export("transformers", remote)
-    yield Export("transformers-remote", remote)
+    yield Export("transformers", to_folder(folder, config, root / "smollm2-remote"))
+
+
+def transformers_remote(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
+    yield Export("transformers-remote", to_folder(folder, config, root / "smollm2-remote"))
 
 
 def llama_cpp(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
     yield Export("llama.cpp", to_gguf(folder, config, root, "f32"))
 
 
-def onnxruntime(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
-    for ops in ("genai", "standard"):
-        yield Export("onnxruntime", to_onnx(folder, config, root, "fp32", ops))
+def onnx_genai(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
+    yield Export("onnxruntime", to_onnx(folder, config, root, "fp32", "genai"))
+
+
+def onnx_standard(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
+    yield Export("onnxruntime", to_onnx(folder, config, root, "fp32", "standard"))
 
 
 def rounded(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
@@ -158,10 +163,13 @@ def one_tier(folder: Path, config: LongRopeConfig, root: Path) -> Exports:
     yield Export("genai", build_with_genai(path, root / "smollm2-builder-fp32"))
 
 
+# one export each: a part is kept when it is whole
 FLOAT32: dict[str, Callable[[Path, LongRopeConfig, Path], Exports]] = {
     "transformers": transformers,
+    "transformers-remote": transformers_remote,
     "llama.cpp": llama_cpp,
-    "onnxruntime": onnxruntime,
+    "onnx-genai": onnx_genai,
+    "onnx-standard": onnx_standard,
 }
 PARTS = {**FLOAT32, "rounded": rounded, "stock": stock, "one-tier": one_tier}
 
