@@ -188,8 +188,27 @@ def test_factors_that_are_not_in_the_model_are_not_taken_for_it(place: Path) -> 
 
 @pytest.mark.parametrize("tier", ['"512=lam.csv"', '["512=lam.csv"]'])
 def test_the_file_of_a_tier_is_what_its_stage_depends_on(place: Path, tier: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected LENGTH=FILE.csv, got no file lam.csv"):
+        steps_of(f'[[stage]]\nrun = "gguf"\ntier = {tier}\n')
+    Path("lam.csv").touch()
     step = steps_of(f'[[stage]]\nrun = "gguf"\ntier = {tier}\n')[0]
     assert step.files == {"tier 512=lam.csv": Path("lam.csv")}
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ('recipe = "poes-lora"', "did you mean pose-lora?"),
+        ("window = 2048", "rows of 2048 tokens, and the factors reach 1024"),
+        ('recipe = "own.toml"', "rows of 4096 tokens, and the factors reach 1024"),
+    ],
+)
+def test_a_recipe_is_read_before_anything_runs(place: Path, keys: str, problem: str) -> None:
+    Path("own.toml").write_text('source = "us"\nreproduces = ""\nsteps = 1\nwindow = 4096\n')
+    assert steps_of(PLAN.replace("steps = 10", 'recipe = "own.toml"\nwindow = 1024'))
+    with pytest.raises(ConfigError) as caught:
+        steps_of(PLAN.replace("steps = 10", keys))
+    assert problem in str(caught.value)
 
 
 def test_factors_may_be_a_file(place: Path) -> None:

@@ -16,6 +16,7 @@ from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.honours import Verdict
 from longrope_export.models.model import load_model
+from longrope_export.runtimes.genai import GenaiModel
 from longrope_export.verify.reference import Reference
 
 STEPS = 12
@@ -130,3 +131,16 @@ def test_settings_tokenizer_and_report(tmp_path: Path, source: Path) -> None:
         lambda _: None,
     )
     assert pinned.honours["onnxruntime-genai"]["switch"].verdict is Verdict.YES
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads of Linux")
+def test_threads_are_as_many_as_asked_for(exported: Path) -> None:
+    def started(threads: int) -> int:
+        before = len(list(Path("/proc/self/task").iterdir()))
+        model = GenaiModel(exported, threads=threads)
+        after = len(list(Path("/proc/self/task").iterdir()))
+        del model
+        return after - before
+
+    one = started(1)
+    assert started(4) == one + 3

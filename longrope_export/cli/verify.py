@@ -57,7 +57,7 @@ _MISSED = 1
     metavar="PRECISION=KL:MEAN_KL[:DIFFERENCE]",
     help="What a precision may differ by, as q4_k=0.5:0.1; repeat it.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Of llama.cpp and ONNX Runtime.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of the runtimes.")
 @click.option("--build", is_flag=True, help="Build llama.cpp first where it is missing.")
 @click.option("-o", "--output", type=OUTPUT_PATH, help="Certificate to write, JSON.")
 @click.option("--markdown", type=OUTPUT_PATH, help="Section for a model card to write.")

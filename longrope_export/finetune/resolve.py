@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from longrope_export.errors import ConfigError
 from longrope_export.finetune.plan import (
     FILLED,
     KINDS,
@@ -17,6 +18,7 @@ from longrope_export.finetune.plan import (
     Stage,
     listed,
 )
+from longrope_export.finetune.recipes import load_recipe
 from longrope_export.finetune.stage_keys import SOURCE, Draft, StageReader
 from longrope_export.finetune.stages import Made, Step, missing_extras
 from longrope_export.finetune.toml_files import did_you_mean
@@ -84,6 +86,8 @@ class _Resolver(StageReader):
             self.lack(missing)
         processes = self._processes(draft)
         reach = self._reach(draft, model)
+        if stage.kind == "finetune":
+            self._check_recipe(draft, reach)
         folder = self.run / f"{stage.number:02d}-{stage.name}"
         output, outputs = self._publish(folder, draft, model, reach)
         words = [*draft.positional, *subjects, *draft.options, "-o", str(output)]
@@ -119,6 +123,16 @@ class _Resolver(StageReader):
             self.problem(f"processes: expected a whole number from 1 on, got {count!r}")
             return 1
         return count
+
+    def _check_recipe(self, draft: Draft, reach: int | None) -> None:
+        try:
+            recipe = load_recipe(str(draft.values["recipe"]))
+        except ConfigError as error:
+            self.problem(str(error))
+            return
+        window = draft.values.get("window") or recipe.window
+        if isinstance(window, int) and reach is not None and window > reach:
+            self.problem(f"rows of {window} tokens, and the factors reach {reach}: give window")
 
     def _fill_factors(self, options: Mapping[str, Option], draft: Draft, model: Made) -> None:
         current, kind = self.latest_factors, self.stage.kind

@@ -131,7 +131,11 @@ class StageReader:
                 draft.files[f"{key} {value}"] = Path(value)
             elif key == "tier":
                 tiers = value if isinstance(value, list) else [value]
-                draft.files |= {f"tier {v}": Path(str(v).partition("=")[2]) for v in tiers}
+                files = {f"tier {v}": Path(str(v).partition("=")[2]) for v in tiers}
+                draft.files |= files
+                for path in files.values():
+                    if not path.is_file():
+                        self.problem(f"tier: expected LENGTH=FILE.csv, got no file {path}")
             elif key not in MACHINE:
                 draft.settings[key] = json.dumps(value, default=str)
             if value is None:

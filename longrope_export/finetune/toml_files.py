@@ -41,7 +41,8 @@ def read_toml_file(kind: str, name: str, what: str) -> str:
         return file.read_text(encoding="utf-8")
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"{what} {name}: no such file, and none of {', '.join(names)}")
+        hint = did_you_mean(name, names)
+        raise ConfigError(f"{what} {name}: no such file, and none of {', '.join(names)}{hint}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

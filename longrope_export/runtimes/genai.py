@@ -21,13 +21,16 @@ class GenaiModel:
         folder: the folder.
         max_length: tokens to allocate; in folders of ours the tier follows from it. None leaves
             what genai_config.json says.
+        threads: of ONNX Runtime; None leaves what genai_config.json says.
 
     Raises:
         ToolError: onnxruntime-genai is not installed.
         ModelError: it cannot load the folder.
     """
 
-    def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, max_length: int | None = None, threads: int | None = None
+    ) -> None:
         try:
             import onnxruntime_genai
         except ImportError as error:
@@ -52,7 +55,11 @@ class GenaiModel:
         try:
             settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
             self._default_length = int(settings["search"]["max_length"])
-            self.model = self.genai.Model(str(folder))
+            chosen = self.genai.Config(str(folder))
+            if threads is not None:
+                options = {"intra_op_num_threads": threads}
+                chosen.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            self.model = self.genai.Model(chosen)
         except Exception as error:  # genai raises its own, and the file may lack or be damaged
             raise ModelError(f"{folder}: onnxruntime-genai cannot load it: {error}") from error
 

@@ -91,7 +91,7 @@ def open_runtime(
         context: tokens that have to fit; what llama.cpp and genai allocate.
         config: for the live runtime on a folder that carries no definition.
         vocabulary: tokens that a server has to know.
-        threads: of llama.cpp and ONNX Runtime.
+        threads: of the runtime; for transformers' they are torch's, in the whole process.
         build: compile llama.cpp where it is missing.
         dtype, device: of transformers' runtimes, see HfModel.
 
@@ -107,6 +107,10 @@ def open_runtime(
     if export.runtime == "server":
         return HttpModel(str(export.path), vocabulary=vocabulary)
     path = Path(export.path)
+    if threads is not None and export.runtime.startswith("transformers"):
+        import torch
+
+        torch.set_num_threads(threads)
     match export.runtime:
         case "llama.cpp" | "llama.cpp-stock":
             patched = export.runtime == "llama.cpp"
@@ -116,7 +120,7 @@ def open_runtime(
         case "onnxruntime":
             return OnnxModel(path, threads=threads)
         case "genai":
-            return GenaiModel(path)
+            return GenaiModel(path, threads=threads)
         case "transformers":
             return HfModel(path, config=config, dtype=dtype, device=device)
         case "transformers-stock":
