@@ -24,6 +24,7 @@ from longrope_export.models.model import load_model
 from longrope_export.report.figures import make_plots
 from longrope_export.report.inputs import ReportInputs, read_inputs
 from longrope_export.report.model_card import make_model_card
+from longrope_export.report.sections import how_to_run
 
 HOSTILE = '<script>document.title="owned"</script><img src="http://example.com/x.png">&"\''
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)  # fmt: skip
@@ -247,6 +248,20 @@ def test_plots_as_files(root: Path, tmp_path: Path) -> None:
         content = file.read_bytes()
         assert content.startswith(b"\x89PNG" if file.suffix == ".png" else b"<?xml")
         assert len(content) > 4000
+
+
+def test_what_the_report_says_to_run_runs(root: Path, tmp_path: Path) -> None:
+    models = json.loads((root / "results.json").read_text())["models"]
+    labels = ["m + pi", "m + yarn"]
+    lines = [how_to_run(model) for model in models if model["label"] in labels]
+    for name, line in zip(("pi", "yarn"), lines, strict=True):
+        assert f'"{root / name}.json"' in line
+    remote = ("--factors", str(root / "yarn.json"), "--remote-code", "-o", str(tmp_path / "remote"))
+    made = CliRunner().invoke(main, ["safetensors", str(root / "m"), *remote])
+    assert made.exit_code == 0, made.output
+    export = {"runtime_name": "transformers-remote", "path": str(tmp_path / "remote"), "config": None}
+    for line in (*lines, how_to_run(export)):
+        exec(line, {})
 
 
 def test_a_hub_reads_the_model_card(root: Path, tmp_path: Path) -> None:

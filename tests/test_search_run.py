@@ -297,9 +297,13 @@ def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: 
             np.asarray(recovered.rescale_factors) <= np.asarray(tier.rescale_factors) + 1e-6
         ).all()
         assert {"long factors", "plain RoPE"} <= {row["name"] for row in result["test"]}
-    assert {row["name"] for row in result["test"]} == {
-        "long factors", "plain RoPE", "the model's own short factors", "result, 64 tokens",
-    }  # fmt: skip
+    kinds = ("long factors", "plain RoPE", "the model's own short factors", "result")
+    rows = [row["name"] for row in outcome.result["test"]]
+    assert rows == [f"{length}: {kind}" for length in (32, 64) for kind in kinds]
+    assert outcome.result["chosen"].startswith("32: ")
+    history = outcome.result["history"]  # its plot shows the first length, beside these seeds
+    first = [entry["loss"] for entry in history if entry["phase"] == "recovering 32 tokens"]
+    assert min(outcome.result["seeds"].values()) in first
     with pytest.raises(ConfigError, match="expected --target-length 256"):
         start(folder, texts, replace(options, target_length=512), tmp_path / "b", RecoveryRun)
 

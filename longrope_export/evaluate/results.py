@@ -54,6 +54,7 @@ def make_results(
                 "sha256": subject.sha256,
                 "config": None if subject.definition is None else to_json(subject.definition),
                 "note": subject.note,
+                "factors": None if subject.factors is None else str(subject.factors),
             }
             for subject in subjects
         ],

@@ -36,6 +36,7 @@ class Subject:
         dtype, device: of transformers' runtimes.
         note: what a reader should know.
         vocabulary: tokens that a server has to know, where a local model says it.
+        factors: the file that is put on a model which carries none.
     """
 
     label: str
@@ -47,6 +48,7 @@ class Subject:
     device: str = "cpu"
     note: str | None = None
     vocabulary: int | None = None
+    factors: Path | None = None
 
     @property
     def identity(self) -> str:
@@ -71,10 +73,6 @@ class Subject:
         Raises:
             LongRopeError: the runtime is not installed, or refuses the export.
         """
-        if threads is not None and self.export.runtime.startswith("transformers"):
-            import torch
-
-            torch.set_num_threads(threads)
         config = self.definition
         if config is not None and not self.bounded:
             config = _reaching(config, context)
@@ -125,6 +123,7 @@ def make_subjects(
                     definition=read_factors(path, model),
                     bounded=True,
                     note=None,
+                    factors=path,
                 )
                 for path in factors
             ]

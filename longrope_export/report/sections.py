@@ -22,7 +22,6 @@ _PROGRAMS = {
     "llama.cpp": "longrope-export llama-cpp run llama-server -m {path} -c {length}",
     "llama.cpp-stock": "llama-server -m {path} -c {length}",
     "transformers-stock": "vllm serve {path} --max-model-len {length}",
-    "transformers-remote": "vllm serve {path} --trust-remote-code --max-model-len {length}",
 }
 _LIVE = """from pathlib import Path
 from transformers import AutoModelForCausalLM
@@ -31,6 +30,8 @@ from longrope_export.hf_runtime import apply_longrope
 
 model = AutoModelForCausalLM.from_pretrained({path})
 apply_longrope(model, read_factors(Path({factors})))"""
+_REMOTE = """from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({path}, trust_remote_code=True)"""
 _ONNX = """from pathlib import Path
 from longrope_export.runtimes.onnx import OnnxModel
 
@@ -251,7 +252,7 @@ def how_to_run(model: Mapping[str, Any]) -> str:
     """A command or a few lines of Python for one export; empty for a running server.
 
     Args:
-        model: `runtime_name`, `path`, `config` and, for the live runtime, `label`.
+        model: `runtime_name`, `path`, `config` and, for the live runtime, `note` and `factors`.
     """
     path, name = str(model["path"]), str(model["runtime_name"])
     config = model["config"]
@@ -262,11 +263,12 @@ def how_to_run(model: Mapping[str, Any]) -> str:
         return _ONNX.format(path=json.dumps(path))
     if name == "genai":
         return _GENAI.format(path=json.dumps(path))
+    if name == "transformers-remote":
+        return _REMOTE.format(path=json.dumps(path))
     if name == "transformers":
         if model.get("note"):  # as it was trained
             return ""
-        _, plus, factors = str(model.get("label", "")).rpartition(" + ")
-        source = Path(f"{factors}.json") if plus else _definition_file(Path(path))
+        source = model.get("factors") or _definition_file(Path(path))
         return _LIVE.format(path=json.dumps(path), factors=json.dumps(str(source)))
     return ""
 

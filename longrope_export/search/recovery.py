@@ -60,11 +60,13 @@ class RecoveryRun(Run):
 
     def execute(self) -> Outcome:
         """See Run."""
-        tiers, results = [], []
+        tiers, results, seeds = [], [], []
         for length in self.options.recover:
             tier, result = self._recover(length)
             tiers.append(tier)
             results.append(result)
+            seeds.append(self.seed_losses)
+        self.seed_losses = seeds[0]  # beside the history, whose plot shows the first phase
         native = self.model.native
         own_rule = native.switch if len(native.tiers) > 1 else SwitchPolicy.SEQUENCE
         kept = [tier for tier in native.tiers if tier.max_length not in self.options.recover]
@@ -73,9 +75,12 @@ class RecoveryRun(Run):
             tiers=tuple(sorted((*tiers, *kept), key=lambda tier: tier.max_length)),
             switch=self.options.switch or own_rule,
         )
-        last = results[-1]
         shown = {
-            name: last[name] for name in ("chosen", "baseline", "test", "held_out", "documents")
+            "chosen": ", ".join(f"{r['length']}: {r['chosen']}" for r in results),
+            "test": [
+                {**row, "name": f"{r['length']}: {row['name']}"} for r in results for row in r["test"]
+            ],
+            **{name: results[-1][name] for name in ("baseline", "held_out", "documents")},
         }
         return self._finish(config, {**shown, "recovered": results})
 
@@ -117,7 +122,7 @@ class RecoveryRun(Run):
         chosen = choose(self.judging, configs, validation)
         shown: Mapping[str, LongRopeConfig] = {
             **{name: configs[name] for name in (LONG, PLAIN, OWN) if name in configs},
-            f"result, {length} tokens": configs[chosen],
+            "result": configs[chosen],
         }
         rows = tabulate(self.judging, shown, indices_of(split, "test", first), LONG)
         result = {
