@@ -302,6 +302,7 @@ def test_a_build_killed_in_the_middle_goes_on_at_the_next_call(tree: Path, cache
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     folder = find_build(chosen).folder
     deadline = time.monotonic() + 60
+
     def is_compiling() -> bool:  # os.walk passes over folders that are renamed meanwhile
         return any("started" in files for _, _, files in os.walk(folder))
 

@@ -259,7 +259,11 @@ def test_what_the_report_says_to_run_runs(root: Path, tmp_path: Path) -> None:
     remote = ("--factors", str(root / "yarn.json"), "--remote-code", "-o", str(tmp_path / "remote"))
     made = CliRunner().invoke(main, ["safetensors", str(root / "m"), *remote])
     assert made.exit_code == 0, made.output
-    export = {"runtime_name": "transformers-remote", "path": str(tmp_path / "remote"), "config": None}
+    export = {
+        "runtime_name": "transformers-remote",
+        "path": str(tmp_path / "remote"),
+        "config": None,
+    }
     for line in (*lines, how_to_run(export)):
         exec(line, {})
 

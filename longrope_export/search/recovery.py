@@ -78,7 +78,9 @@ class RecoveryRun(Run):
         shown = {
             "chosen": ", ".join(f"{r['length']}: {r['chosen']}" for r in results),
             "test": [
-                {**row, "name": f"{r['length']}: {row['name']}"} for r in results for row in r["test"]
+                {**row, "name": f"{r['length']}: {row['name']}"}
+                for r in results
+                for row in r["test"]
             ],
             **{name: results[-1][name] for name in ("baseline", "held_out", "documents")},
         }
