@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -216,6 +217,21 @@ def test_memory_that_is_too_small_is_told_before_anything_is_read(
     assert "--no-memory-check" in said
     assert not (tmp_path / "run").exists()
     run_command([*given, "--steps", "1", "--no-memory-check"])
+
+
+def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_where_there_is_room(
+    model_path: Path, factors: Path, texts: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    run = small_disk / "run"
+    (small_disk / "filler").write_bytes(bytes(500_000))
+    told = run_command(arguments(model_path, factors, texts, run), code=2).output
+    last = told.strip().splitlines()[-1]
+    assert f"Error: {run / 'checkpoints'}: the checkpoint of step 2 cannot be written" in last
+    assert "--resume" in last
+    shutil.copytree(run, tmp_path / "run")
+    run_command(arguments(model_path, factors, texts, tmp_path / "run", "--resume"))
+    steps = read_metrics(tmp_path / "run")
+    assert [step.step for step in steps] == list(range(1, 7))
 
 
 def test_a_folder_inside_the_model_is_refused(model_path: Path, factors: Path, texts: Path) -> None:

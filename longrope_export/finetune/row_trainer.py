@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from longrope_export.errors import ModelError
+from longrope_export.errors import ModelError, OutputError
 from longrope_export.finetune.checkpoints import mark_complete
 from longrope_export.finetune.metrics import Step
 from longrope_export.finetune.rows import Row, TrainingRows, batch
@@ -153,6 +154,15 @@ class RowTrainer(Trainer):
             batch["document_ids"] = nn.functional.pad(begins.long().cumsum(1), (1, 0))
         shard = self.shard(batch)
         return {**shard, "shift_labels": shard.pop("targets")}
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises the second
+            raise OutputError(
+                f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} cannot be "
+                f"written: {error}; make room, then go on with --resume"
+            ) from error
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         count = super()._get_num_items_in_batch(*args, **kwargs)
