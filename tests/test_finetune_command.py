@@ -118,6 +118,7 @@ def test_the_command_tunes_measures_and_writes_a_model_that_carries_its_factors(
     assert not (output / "checkpoints").exists()
     assert load_model(output / "model").is_extended
     assert "next: longrope-export gguf" in printed.stderr
+    assert "warning: not held out, since --text has them too: 1\n" in printed.stderr
     again = run_command(arguments(model_path, factors, texts, output, *more, "--resume"))
     assert json.loads(again.stdout) == result
     page = tmp_path / "page.html"

@@ -24,6 +24,7 @@ from longrope_export.cli.finetune_parts import (
     check_memory_for,
     check_vocabulary,
     make_rows,
+    noted,
     read_validation,
     refuse_ignored,
 )
@@ -164,16 +165,17 @@ def command(
         tell = say if place.is_first else silence
         tell(f"reading {', '.join(given)}")
         tokenizer = load_torch_tokenizer(source.path)
-        samples = make_samples(works, tokenizer)
+        learned: set[str] = set()  # texts by their hash: works come one at a time, and may be many
+        samples = make_samples(noted(works, learned), tokenizer)
         check_vocabulary(source, geometry, samples)
         rows = make_rows(samples, tokenizer, chosen, config, seed)
         rule = None if switch is None else SwitchPolicy(switch)
         options = FinetuneOptions(chosen, rule, seed, hash_of(samples))
         validation = None
         if validation_texts and validation_documents:
+            length = validation_length or config.max_position_embeddings
             validation = read_validation(
-                source, validation_texts, validation_length or config.max_position_embeddings,
-                validation_documents, needle_keys, seed,
+                source, validation_texts, learned, length, validation_documents, needle_keys, seed, tell
             )  # fmt: skip
         observe = stack.enter_context(show_progress()) if place.is_first else silence
         result = finetune(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable, Iterable, Iterator, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from longrope_export.finetune.estimate import Geometry
     from longrope_export.finetune.recipes import Recipe
     from longrope_export.models.model import Model
+    from longrope_export.texts import Work
 
 
 def refuse_ignored(
@@ -161,12 +164,37 @@ def make_rows(
     return TrainingRows(samples, settings, seed, retrieval)
 
 
+def noted(works: Iterable[Work], learned: set[str]) -> Iterator[Work]:
+    """The works, whose texts' hashes go into `learned` as they pass."""
+    for work in works:
+        learned.add(_hash(work.text))
+        yield work
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_validation(
-    source: Model, texts: tuple[str, ...], length: int, count: int, keys: int, seed: int
+    source: Model,
+    texts: tuple[str, ...],
+    learned: Set[str],
+    length: int,
+    count: int,
+    keys: int,
+    seed: int,
+    tell: Callable[[str], None],
 ) -> Any:
-    """Documents that are measured before and after."""
+    """Documents that are measured before and after; says which of them are learned too.
+
+    Args:
+        learned: what `noted` has gathered.
+    """
     from longrope_export.cli.search_parts import encode_texts
     from longrope_export.finetune.validation import make_validation
     from longrope_export.texts import read_texts
 
-    return make_validation(encode_texts(source, read_texts(texts)), length, count, keys, seed)
+    works = read_texts(texts)
+    if both := [name for name, text in works if _hash(text) in learned]:
+        tell(f"warning: not held out, since --text has them too: {', '.join(both)}")
+    return make_validation(encode_texts(source, works), length, count, keys, seed)

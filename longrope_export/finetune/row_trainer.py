@@ -158,7 +158,11 @@ class RowTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises the second
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch's writer raises the second
             raise OutputError(
                 f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} cannot be "
                 f"written: {error}; make room, then go on with --resume"
