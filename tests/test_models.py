@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from gguf.constants import GGUFValueType
 from gguf_files import gguf_keys, write_gguf_file
 
@@ -366,6 +367,19 @@ def test_yarn_attention_factor_as_llama_cpp_computes_it(tmp_path: Path) -> None:
         read_header(add(tmp_path, [*yarn, number("yarn_log_multiplier", 1.0)], {}))
     )
     assert log.tiers[0].attention_factor == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["gpt_neox", "stablelm", "qwen3_next", "bamba", "glm", "glm4", "nemotron", "persimmon", "phi"],
+)
+def test_a_part_of_the_head_that_the_file_does_not_name_is_transformers_default(
+    hf_config: WriteConfig, model_type: str
+) -> None:
+    theirs = transformers.AutoConfig.for_model(model_type).rope_parameters["partial_rotary_factor"]
+    folder = hf_config(architectures=["SomeForCausalLM"], model_type=model_type)
+    model = load_model(folder)
+    assert model.native.rotary_dim == theirs * model.head_dim < model.head_dim
 
 
 def test_phi3_without_an_original_length_has_transformers_default(hf_config: WriteConfig) -> None:

@@ -17,6 +17,13 @@ _TOP_LEVEL = ("rope_theta", "partial_rotary_factor", "original_max_position_embe
 # of GPT-NeoX, at the top level
 _OTHER_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
+# model_type -> the share of a head that transformers' config class assumes
+_PARTIAL_BY_DEFAULT = {
+    "gpt_neox": 0.25, "stablelm": 0.25, "qwen3_next": 0.25, "qwen3_5_text": 0.25,
+    "qwen3_5_moe_text": 0.25, "bamba": 0.5, "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5,
+    "nemotron": 0.5, "persimmon": 0.5, "phi": 0.5, "recurrent_gemma": 0.5,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class HfRope:
@@ -108,9 +115,7 @@ def _rotated_part(config: HfConfig) -> tuple[float, int]:
         if config.get(name) is not None
     }
     if partial is None and not widths:
-        partial = _positive(
-            config, "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
-        )
+        partial = _PARTIAL_BY_DEFAULT.get(str(config.values.get("model_type")), 1.0)
     if partial is not None:
         widths = {"partial_rotary_factor": int(head_dim * partial), **widths}
     name, width = next(iter(widths.items()))
