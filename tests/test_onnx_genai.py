@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,7 @@ def test_settings_tokenizer_and_report(tmp_path: Path, source: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads of Linux")
 def test_threads_are_as_many_as_asked_for(exported: Path) -> None:
     def started(threads: int) -> int:
+        gc.collect()  # models of other tests have threads too
         before = len(list(Path("/proc/self/task").iterdir()))
         model = GenaiModel(exported, threads=threads)
         after = len(list(Path("/proc/self/task").iterdir()))
