@@ -30,6 +30,8 @@ UBATCH = 512
 F16_CACHE = "type_k=f16 type_v=f16 fa=1"
 PROMPT = 512
 BATCH = 2048
+WINDOW = 8192  # of SmolLM2
+CROSSINGS = 21  # of borders that are measured one by one
 FINE = 123  # tokens between the borders of a ladder of 201 tiers
 
 
@@ -170,6 +172,9 @@ def main() -> None:
         "--positions", default="0,20000", help="where the prompt begins; empty: not this table"
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cached", default="8192,16384", help="tokens in the cache at borders; from the window on"
+    )
     arguments = parser.parse_args()
     console = Console()
     model = fetch_smollm2()
@@ -201,15 +206,43 @@ def main() -> None:
                 table.add_row(name, *(f"{value:.1%}" for value in medians), each)
             console.print(table)
 
-        border = Table("what", "seconds", "ratio", title="one tier border, 8192 cached tokens")
-        session = driver.start(driver.patched, three, 8448, arguments.threads)
-        first = session.decode(0, 8192)
-        crossing = session.decode(8192)
-        rotation = crossing - statistics.median(session.decode(8193 + i) for i in range(5))
-        session.close()
-        border.add_row("prefill of 8192 tokens", f"{first:.2f}", "")
-        border.add_row("rotation of their keys", f"{rotation:.3f}", f"1/{first / rotation:.0f}")
+        border = Table(
+            "cached tokens",
+            "prefill, s",
+            "rotation, s",
+            "ratio",
+            "us a token",
+            title="one tier border",
+        )
+        for cached in (int(text) for text in arguments.cached.split(",") if text):
+            first, rotations = cross_borders(driver, model, scratch, cached, arguments.threads)
+            middle = statistics.median(rotations)
+            border.add_row(
+                str(cached),
+                f"{first:.1f}",
+                f"{middle:.4f} ({min(rotations):.4f} to {max(rotations):.4f})",
+                f"1/{first / middle:.0f}",
+                f"{1e6 * middle / cached:.2f}",
+            )
         console.print(border)
+
+
+def cross_borders(
+    driver: Driver, model: Path, scratch: Path, cached: int, threads: int
+) -> tuple[float, list[float]]:
+    """Seconds of a prefill of `cached` tokens, and of the rotations of their keys at borders behind.
+
+    A border after every second token: a token that crosses one, less its two neighbours that do not.
+    """
+    borders = range(cached, cached + 2 * CROSSINGS, 2)
+    ladder = ",".join(map(str, sorted({WINDOW, *borders, 32768})))
+    session = driver.start(
+        driver.patched, bake(model, scratch / f"{cached}.gguf", ladder), cached + 512, threads
+    )
+    first = session.decode(0, cached)
+    steps = [session.decode(cached + i) for i in range(2 * CROSSINGS + 1)]
+    session.close()
+    return first, [steps[i] - (steps[i - 1] + steps[i + 1]) / 2 for i in range(2, 2 * CROSSINGS, 2)]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from llama_cpp import BATCH, FINE, UBATCH, Driver, bake
+from llama_cpp import BATCH, FINE, UBATCH, WINDOW, Driver, bake
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,7 +27,6 @@ from rich.table import Table
 from longrope_export.demo.material import fetch_smollm2
 from longrope_export.llama_cpp.binaries import require_binary
 
-WINDOW = 8192
 STOCK = "stock, the same long factors"
 
 

@@ -5,12 +5,14 @@
 Fetches SmolLM2 and builds both llama.cpp where they are missing. Three tiers with borders at 8192 and
 16384 tokens, up to 32768; every border is looked at whatever the length is. Part after part, in any order and
 in as many runs as one likes: --work keeps the certificate of each, and the document holds all of them. At 16384
-tokens each of the five float32 parts takes some 20 to 40 minutes of one core.
+tokens each of the five float32 parts takes some 10 to 40 minutes of one core, and the reference, once for all parts
+of a run, as long.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -38,7 +40,7 @@ from longrope_export.models.model import load_model
 from longrope_export.outputs import write_text
 from longrope_export.runtimes.open import Export
 from longrope_export.verify.compare import LIMITS
-from longrope_export.verify.exports import SHORT_LENGTH, verify_exports
+from longrope_export.verify.exports import SHORT_LENGTH, Prepared, prepare, verify_exports
 from longrope_export.verify.report import markdown, save_plot
 from scripts.readme import write_block
 
@@ -180,8 +182,13 @@ def stock_config(config: LongRopeConfig) -> LongRopeConfig:
     return replace(config, tiers=(last,), switch=SwitchPolicy.SEQUENCE)
 
 
-def certificate_of(part: str, work: Path, length: int, threads: int | None) -> dict[str, Any]:
-    """Write the exports of a part and compare them; the certificate of all of them."""
+def show(what: str, share: float) -> None:
+    CONSOLE.print(f"{what}: {share:.0%}", highlight=False)
+
+
+@functools.cache
+def prepared(work: Path, one_tier: bool, length: int) -> Prepared:
+    """The reference, once for all parts of one run that share it."""
     folder, text = work / "smollm2", work / "text.txt"
     gguf = load_model(fetch_smollm2(CONSOLE.print))
     if not folder.exists():
@@ -190,19 +197,24 @@ def certificate_of(part: str, work: Path, length: int, threads: int | None) -> d
     if not text.exists():
         write_help_text(text)
     config = make_config(gguf, "yarn", 32768, ladder=LADDER, num_start_tokens=16)
-    if part == "one-tier":
+    if one_tier:
         config = stock_config(config)
+    return prepare(
+        load_model(folder), config, length, text=text.read_text(encoding="utf-8"), say=show
+    )
+
+
+def certificate_of(part: str, work: Path, length: int, threads: int | None) -> dict[str, Any]:
+    """Write the exports of a part and compare them; the certificate of all of them."""
+    shared = prepared(work, part == "one-tier", length if part in FLOAT32 else SHORT_LENGTH)
     with tempfile.TemporaryDirectory(dir=work) as root:
         certificate, _ = verify_exports(
-            load_model(folder),
-            config,
-            list(PARTS[part](folder, config, Path(root))),
-            length if part in FLOAT32 else SHORT_LENGTH,
-            text=text.read_text(encoding="utf-8"),
+            shared,
+            list(PARTS[part](shared.model.path, shared.config, Path(root))),
             limits={"unknown": LIMITS["fp32"]},  # the builder's folder does not say what it holds
             threads=threads,
             build=True,
-            say=lambda what, share: CONSOLE.print(f"{what}: {share:.0%}", highlight=False),
+            say=show,
         )
     return certificate
 

@@ -17,7 +17,7 @@ from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.hf import HfModel
 from longrope_export.search.scorer import Scorer
-from longrope_export.verify.exports import verify_exports
+from longrope_export.verify.exports import prepare
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
@@ -136,7 +136,7 @@ def test_whoever_loads_weights_from_python_refuses_too(place: Path) -> None:
         lambda: Scorer(folder, (), 64),
         lambda: HfModel(folder),
         lambda: TrainingModel(folder, config, load_recipe("yarn"), 0),
-        lambda: verify_exports(load_model(folder), config, (), 64),
+        lambda: prepare(load_model(folder), config, 64),
     ):
         with pytest.raises(UnsupportedError, match="its weights are quantized"):
             load()

@@ -215,6 +215,24 @@ def was_given(name: str) -> bool:
     return source is ParameterSource.COMMANDLINE
 
 
+def refuse_unused(needs: Iterable[tuple[tuple[str, ...], str, bool]]) -> None:
+    """Refuse options that nothing would look at.
+
+    Args:
+        needs: names of parameters, what they belong to, and whether that is there.
+
+    Raises:
+        ConfigError: naming the option and what it belongs to.
+    """
+    from longrope_export.errors import ConfigError
+
+    for names, needed, is_there in needs:
+        for name in names:
+            if was_given(name) and not is_there:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} belongs to {needed}: here it would be ignored")
+
+
 def say_report(report: ExportReport, max_length: int | None, *, as_json: bool) -> None:
     """What was written: for people, and as JSON if asked for."""
     if as_json:

@@ -16,9 +16,9 @@ from longrope_export.cli.common import (
     number_list,
     print_json,
     read_utf8,
+    refuse_unused,
     say,
     share_progress,
-    was_given,
     with_contents,
 )
 
@@ -123,7 +123,14 @@ def command(
     from longrope_export.outputs import check_output, write_text
     from longrope_export.runtimes.open import parse_export
 
-    _refuse_ignored(tasks=bool(tasks), passkey=passkey, needle=needle)
+    # those that a journal holds on to (--stride, --keys, --values, --seed) may be given before
+    refuse_unused(
+        (
+            (("limit", "include_path"), "--tasks", bool(tasks)),
+            (("depths",), "--passkey", passkey),
+            (("trials",), "--passkey or --needle", passkey or needle),
+        )
+    )
     settings = Settings(
         lengths=tuple(sorted(set(lengths))),
         perplexity=perplexity and bool(texts or not tasks),
@@ -175,21 +182,3 @@ def _read_texts(paths: tuple[Path, ...]) -> list[Text]:
         content = read_utf8(path, "--text")
         found.append(Text(path.name if names.count(path.name) == 1 else str(path), content))
     return found
-
-
-def _refuse_ignored(*, tasks: bool, passkey: bool, needle: bool) -> None:
-    """Refuse options of tasks that are not asked for.
-
-    Those that a journal holds on to (--stride, --keys, --values, --seed) may be given before.
-    """
-    for names, needed, is_there in (
-        (("limit", "include_path"), "--tasks", tasks),
-        (("depths",), "--passkey", passkey),
-        (("trials",), "--passkey or --needle", passkey or needle),
-    ):
-        for name in names:
-            if was_given(name) and not is_there:
-                option = name.replace("_", "-")
-                raise click.UsageError(
-                    f"--{option} is of {needed}, which is not given: add that, or leave it out"
-                )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longrope_export.cli.common import was_given
+from longrope_export.cli.common import refuse_unused
 
 if TYPE_CHECKING:
     from longrope_export.config import LongRopeConfig
@@ -27,9 +27,7 @@ def refuse_ignored(
     Raises:
         ConfigError: naming the option and what it belongs to.
     """
-    from longrope_export.errors import ConfigError
-
-    groups = (
+    needs = (
         (("tokens", "chunks", "true_places"), "--layout pose", recipe.layout == "pose"),
         (("short_share",), "--layout mixed", recipe.layout == "mixed"),
         (("retrieval_share",), "--layout pose or long", recipe.layout in ("pose", "long")),
@@ -46,11 +44,7 @@ def refuse_ignored(
             validation_documents > 0,
         ),
     )
-    for names, needed, is_there in groups:
-        for name in names:
-            if was_given(name) and not is_there:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} belongs to {needed}: here it would be ignored")
+    refuse_unused(needs)
 
 
 class Folders:

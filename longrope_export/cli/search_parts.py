@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longrope_export.cli.common import was_given
+from longrope_export.cli.common import refuse_unused, was_given
 
 if TYPE_CHECKING:
     from longrope_export.models.model import Model
@@ -33,7 +33,7 @@ _IGNORED = {
     "--no-refine": ("tier_tokens",),
     "--switch": ("needle_keys",),
 }  # fmt: skip
-_NEED = {"no_refine": "ladder", "tier_tokens": "ladder", "recover_cap": "recover"}
+_NEED = ((("no_refine", "tier_tokens"), "ladder"), (("recover_cap",), "recover"))
 
 
 def refuse_ignored(given: dict[str, Any]) -> None:
@@ -60,9 +60,7 @@ def refuse_ignored(given: dict[str, Any]) -> None:
             if was_given(name):
                 option = {"attention": "attention-factor"}.get(name, name.replace("_", "-"))
                 raise ConfigError(f"{what} does not use --{option}: it would be ignored")
-    for name, needed in _NEED.items():
-        if was_given(name) and not given[needed]:
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to --{needed}")
+    refuse_unused((names, f"--{needed}", bool(given[needed])) for names, needed in _NEED)
 
 
 def refuse_unshared(

@@ -110,7 +110,7 @@ def command(
     from longrope_export.models.model import find_model, load_model
     from longrope_export.outputs import write_text
     from longrope_export.runtimes.open import parse_export
-    from longrope_export.verify.exports import check_length, verify_exports
+    from longrope_export.verify.exports import check_length, prepare, verify_exports
     from longrope_export.verify.report import check_plot, save_plot
     from longrope_export.verify.report import markdown as as_markdown
 
@@ -128,17 +128,10 @@ def command(
     inputs += [text] if text else []
     check_outputs({"-o": output, "--markdown": markdown, "--plot": plot}, inputs)
     with share_progress() as step:
+        written = None if text is None else read_utf8(text, "--text")
+        prepared = prepare(source, config, used, text=written, seed=seed, say=step)
         certificate, results = verify_exports(
-            source,
-            config,
-            chosen,
-            used,
-            text=None if text is None else read_utf8(text, "--text"),
-            seed=seed,
-            limits=parsed_limits,
-            threads=threads,
-            build=build,
-            say=step,
+            prepared, chosen, limits=parsed_limits, threads=threads, build=build, say=step
         )
     if output is not None:
         write_text(output, json.dumps(certificate, indent=1) + "\n")
@@ -164,14 +157,13 @@ def command(
 def verify_after(model: Model, config: LongRopeConfig | None, path: Path) -> None:
     """The short run of the exporting commands' --verify; ends with exit code 1 on a miss."""
     from longrope_export.runtimes.open import parse_export
-    from longrope_export.verify.exports import SHORT_LENGTH, verify_exports
+    from longrope_export.verify.exports import SHORT_LENGTH, prepare, verify_exports
 
     definition = config or model.native
     length = min(SHORT_LENGTH, definition.max_position_embeddings)
     with share_progress() as step:
-        certificate, _ = verify_exports(
-            model, definition, [parse_export(str(path))], length, build=True, say=step
-        )
+        prepared = prepare(model, definition, length, say=step)
+        certificate, _ = verify_exports(prepared, [parse_export(str(path))], build=True, say=step)
     _show(certificate)
     if not certificate["passed"]:
         raise SystemExit(_MISSED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from longrope_export.config import LongRopeConfig
@@ -13,7 +14,7 @@ from longrope_export.runtimes.open import Export
 from longrope_export.verify.certificate import make_certificate
 from longrope_export.verify.compare import Limit
 from longrope_export.verify.memory import available_bytes, count_parameters, longest_length
-from longrope_export.verify.plan import make_cases
+from longrope_export.verify.plan import Case, make_cases
 from longrope_export.verify.rows import ReferenceRows, Say
 from longrope_export.verify.run import ExportResult, verify_export
 from longrope_export.verify.tokens import make_tokens
@@ -22,20 +23,39 @@ from longrope_export.verify.tokens import make_tokens
 SHORT_LENGTH = 600
 
 
-def verify_exports(
+@dataclass(frozen=True)
+class Prepared:
+    """What every export is run on and held to: one reference serves any number of them.
+
+    Attributes:
+        model: the source.
+        config: the definition.
+        cases: what is run.
+        tokens: (n,) ids of the text.
+        reference: its logits of all rows that the cases ask for.
+        text: that the exports' tokenizers are tried on; None for random tokens.
+        seed: of those.
+    """
+
+    model: Model
+    config: LongRopeConfig
+    cases: list[Case]
+    tokens: Sequence[int]
+    reference: ReferenceRows
+    text: str | None
+    seed: int
+
+
+def prepare(
     model: Model,
     config: LongRopeConfig,
-    exports: Sequence[Export],
     length: int,
     *,
     text: str | None = None,
     seed: int = 0,
-    limits: dict[str, Limit] | None = None,
-    threads: int | None = None,
-    build: bool = False,
     say: Say = lambda what, share: None,
-) -> tuple[dict[str, Any], list[ExportResult]]:
-    """Run the reference and then each export, one at a time in memory.
+) -> Prepared:
+    """Run the reference.
 
     Args:
         model: the source, with the weights that the exports were made from.
@@ -43,40 +63,59 @@ def verify_exports(
         length: tokens of the longest sequence, see check_length.
         text: what is run, and what the exports' tokenizers are tried on; random tokens if None.
         seed: of those.
-        limits: by precision, before the standard ones.
-        threads: of llama.cpp and ONNX Runtime.
-        build: compile llama.cpp where it is missing.
         say: progress.
 
-    Returns:
-        The certificate as JSON values, and the results that it was made of.
-
     Raises:
-        LongRopeError: the source cannot be run, or the text is too short. What goes wrong with an
-            export is in its result.
+        LongRopeError: the source cannot be run, or the text is too short.
     """
     refuse_quantized(model.path)
     cases = make_cases(config, length)
     tokens = make_tokens(model, text, max(case.num_tokens for case in cases), seed)
     reference = ReferenceRows(model.path, config, tokens, cases, say)
+    return Prepared(model, config, cases, tokens, reference, text, seed)
+
+
+def verify_exports(
+    prepared: Prepared,
+    exports: Sequence[Export],
+    *,
+    limits: dict[str, Limit] | None = None,
+    threads: int | None = None,
+    build: bool = False,
+    say: Say = lambda what, share: None,
+) -> tuple[dict[str, Any], list[ExportResult]]:
+    """Run each export, one at a time in memory.
+
+    Args:
+        limits: by precision, before the standard ones.
+        threads: of the runtimes.
+        build: compile llama.cpp where it is missing.
+        say: progress.
+
+    Returns:
+        The certificate as JSON values, and the results that it was made of. What goes wrong with
+        an export is in its result.
+    """
+    p = prepared
     results = [
         verify_export(
             export,
-            config,
-            tokens,
-            cases,
-            reference,
+            p.config,
+            p.tokens,
+            p.cases,
+            p.reference,
             limits=limits,
-            text=text,
+            text=p.text,
             threads=threads,
             build=build,
             say=say,
         )
         for export in exports
     ]
-    probes = reference.probes(cases, config, tokens)
-    used = seed if text is None else None
-    return make_certificate(model.path, config, tokens, results, probes, used), results
+    probes = p.reference.probes(p.cases, p.config, p.tokens)
+    seed = p.seed if p.text is None else None
+    made = make_certificate(p.model.path, p.config, p.tokens, results, probes, seed)
+    return made, results
 
 
 def check_length(model: Model, config: LongRopeConfig, wanted: int | None) -> int:
