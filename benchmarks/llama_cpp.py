@@ -173,7 +173,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--cached", default="8192,16384", help="tokens in the cache at borders; from the window on"
+        "--cached",
+        default="8192,16384",
+        help="tokens at borders, from the window on; empty: not this table",
     )
     arguments = parser.parse_args()
     console = Console()
@@ -206,6 +208,8 @@ def main() -> None:
                 table.add_row(name, *(f"{value:.1%}" for value in medians), each)
             console.print(table)
 
+        if not arguments.cached:
+            return
         border = Table(
             "cached tokens",
             "prefill, s",
@@ -214,7 +218,7 @@ def main() -> None:
             "us a token",
             title="one tier border",
         )
-        for cached in (int(text) for text in arguments.cached.split(",") if text):
+        for cached in map(int, arguments.cached.split(",")):
             first, rotations = cross_borders(driver, model, scratch, cached, arguments.threads)
             middle = statistics.median(rotations)
             border.add_row(
