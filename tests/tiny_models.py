@@ -86,6 +86,32 @@ def make_model(
     return folder
 
 
+def as_granite(folder: Path) -> Path:
+    """minicpm is a llama with three multipliers, and granite is transformers' class for these.
+
+    The folder of such a model, with the same weights.
+    """
+    settings = json.loads((folder / "config.json").read_text())
+    layers = settings["num_hidden_layers"]
+    granite = {
+        **settings,
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "embedding_multiplier": settings["scale_emb"],
+        "residual_multiplier": settings["scale_depth"] / layers**0.5,
+        "logits_scaling": settings["hidden_size"] / settings["dim_model_base"],
+        "attention_multiplier": (settings["hidden_size"] // settings["num_attention_heads"])
+        ** -0.5,
+    }
+    target = folder.with_name(folder.name + "-granite")
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text(json.dumps(granite))
+    weights = target / "model.safetensors"
+    if not weights.exists():
+        weights.symlink_to(folder / "model.safetensors")
+    return target
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Change a JSON object on disk; None removes a key."""
     values = json.loads(path.read_text()) if path.is_file() else {}

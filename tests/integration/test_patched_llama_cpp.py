@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 import torch
 import transformers
 from longrope_driver import Driver, add
-from tiny_models import add_bpe_tokenizer, add_sentencepiece, make_model
+from tiny_models import add_bpe_tokenizer, add_sentencepiece, as_granite, make_model
 
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig, SwitchPolicy
@@ -60,6 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {**MOE, "head_dim": 16, "norm_topk_prob": True},
 }
+LLAMA_CPP_FAMILIES = {**FAMILIES, "minicpm": {}}  # which transformers has no class for
 STOCK_CONVERTED = ("gemma2", "gemma3", "mixtral", "qwen3_moe")
 
 
@@ -68,11 +70,11 @@ class Toy:
 
     def __init__(self, root: Path, family: str) -> None:
         self.folder, self.plain = root / family, root / f"{family}.gguf"
-        settings = {"initializer_range": 0.15, **FAMILIES[family]}
+        settings = {"initializer_range": 0.15, **LLAMA_CPP_FAMILIES[family]}
         make_model(self.folder, family, dtype="float32", **settings)
         if family.startswith("gemma"):
             quieten_mlp(self.folder)
-        if family == "phi3":
+        if family in ("phi3", "minicpm"):
             add_phi3_tokenizer(self.folder)
         elif family.startswith("gemma"):
             add_sentencepiece(self.folder)
@@ -82,7 +84,7 @@ class Toy:
             convert(self.folder, None, self.plain)
         self.family = family
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32
+            as_granite(self.folder) if family == "minicpm" else self.folder, dtype=torch.float32
         ).eval()
 
     def config(self, rule: str, **changes: Any) -> LongRopeConfig:
@@ -144,12 +146,12 @@ def convert(source: Path, config: LongRopeConfig | None, output: Path) -> None:
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_toys(tmp_path_factory.mktemp("toys"))
+    return make_toys(tmp_path_factory.mktemp("toys"), LLAMA_CPP_FAMILIES)
 
 
-def make_toys(root: Path) -> dict[str, Toy]:
+def make_toys(root: Path, families: Iterable[str]) -> dict[str, Toy]:
     """One of every family; what our own converter does not write is written by llama.cpp's."""
-    made = {family: Toy(root, family) for family in FAMILIES}
+    made = {family: Toy(root, family) for family in families}
     jobs = [
         {
             "folder": str(made[family].folder),
@@ -196,7 +198,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_CPP_FAMILIES)
 @pytest.mark.parametrize("rule", ["causal", "sequence"])
 def test_logits_equal_the_reference(
     driver: Driver, toys: dict[str, Toy], family: str, rule: str
@@ -233,7 +235,7 @@ def test_layers_that_are_not_rescaled_take_no_stock_factors(
     assert_close(got.reshape(LENGTH, -1), wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_CPP_FAMILIES)
 def test_without_our_keys_nothing_changes(
     driver: Driver, toys: dict[str, Toy], family: str
 ) -> None:

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import SENTENCES, add_bpe_tokenizer, add_sentencepiece, edit_json, make_model
+from tiny_models import (
+    SENTENCES,
+    add_bpe_tokenizer,
+    add_sentencepiece,
+    as_granite,
+    edit_json,
+    make_model,
+)
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -81,7 +88,7 @@ def reference_perplexity(folder: Path, text: str, context: int) -> float:
     chunk = ids[:context] if bos is None else [bos, *ids][:context]
     loaded = folder
     if json.loads((folder / "config.json").read_text())["model_type"] == "minicpm":
-        loaded = as_llama(folder)
+        loaded = as_granite(folder)
     model = AutoModelForCausalLM.from_pretrained(loaded, dtype=torch.float32).eval()
     logits = model(torch.tensor([chunk])).logits[0].double()
     losses = torch.nn.functional.cross_entropy(
@@ -89,29 +96,6 @@ def reference_perplexity(folder: Path, text: str, context: int) -> float:
     )
     first = context // 2
     return math.exp(losses[first:].mean().item())
-
-
-def as_llama(folder: Path) -> Path:
-    """minicpm is a llama with three multipliers, and granite is transformers' class for these."""
-    settings = json.loads((folder / "config.json").read_text())
-    layers = settings["num_hidden_layers"]
-    granite = {
-        **settings,
-        "model_type": "granite",
-        "architectures": ["GraniteForCausalLM"],
-        "embedding_multiplier": settings["scale_emb"],
-        "residual_multiplier": settings["scale_depth"] / layers**0.5,
-        "logits_scaling": settings["hidden_size"] / settings["dim_model_base"],
-        "attention_multiplier": (settings["hidden_size"] // settings["num_attention_heads"])
-        ** -0.5,
-    }
-    target = folder.with_name(folder.name + "-granite")
-    target.mkdir(exist_ok=True)
-    (target / "config.json").write_text(json.dumps(granite))
-    weights = target / "model.safetensors"
-    if not weights.exists():
-        weights.symlink_to(folder / "model.safetensors")
-    return target
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def toys(root: Path) -> dict[str, Toy]:
-    made = make_toys(root)
+    made = make_toys(root, FAMILIES)
     for model in made.values():
         edit_json(model.folder / "config.json", eos_token_id=1)
     return made
