@@ -158,11 +158,8 @@ class RowTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch's writer raises the second
+        # torch's writer raises a RuntimeError where the disk is full
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise OutputError(
                 f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} cannot be "
                 f"written: {error}; make room, then go on with --resume"
