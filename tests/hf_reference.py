@@ -37,6 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 16},
     "Phi3": {"partial_rotary_factor": 0.75, "hidden_size": 64},
+    "Gemma": {"head_dim": 16},
     "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, **_TWO_KINDS},
     "Gemma3": {"head_dim": 16, "query_pre_attn_scalar": 16, **_TWO_KINDS},
     "Granite": {"attention_multiplier": 0.3},

@@ -44,6 +44,14 @@ def test_the_note_knows_of_factors_that_stay_in_the_file(has_freqs: bool, tmp_pa
     assert ("unscaled" in report.notes[0]) != has_freqs
 
 
+def test_the_report_says_that_llama_cpp_has_another_phimoe(tmp_path: Path) -> None:
+    tensors = {"token_embd.weight": np.zeros((5, 64), np.float32)}
+    model = load_model(write_gguf_file(tmp_path / "m.gguf", gguf_keys("phimoe"), tensors))
+    config = make_config(model, "pi", 1024)
+    report = GgufConverter().convert(model, config, tmp_path / "out.gguf", lambda _: None)
+    assert "its logits are not the model's" in report.notes[0]
+
+
 def test_llama_quantize_is_asked_for_its_types_once(
     tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,9 @@ def some_ids(rows: int, length: int) -> Tensor:
     return torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(9))
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2"])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma", "Gemma2"]
+)
 @torch.no_grad()
 def test_two_tiers_without_cache_equal_transformers_own_longrope(family: str) -> None:
     # little noise: float32 angles differ from float64 ones by 1e-6 already

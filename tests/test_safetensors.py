@@ -26,7 +26,9 @@ from longrope_export.models.model import load_model
 
 TESTS = Path(__file__).parent
 BORDER, TARGET = 24, 64
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma2", "gemma3", "mixtral")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "gemma2", "gemma3", "mixtral",
+)  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "phi3": {"partial_rotary_factor": 0.5},
     "gemma3": {"rope_parameters": None},

@@ -17,7 +17,9 @@ from longrope_export.models.model import load_model
 LENGTHS = (BORDER, BORDER + 1, 50)
 # sqrt(1 + ln(64 / 24) / ln 24): what engines take that do not read an attention factor
 FORMULA = 1.143951813632545
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma2", "gemma3", "mixtral")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "gemma2", "gemma3", "mixtral",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,11 @@ import pytest
 from tiny_models import add_sentencepiece, edit_json, make_model
 
 from longrope_converters.to_gguf import stock
+from longrope_converters.to_gguf.convert import GgufConverter
 from longrope_export.errors import ModelError, ToolError
 from longrope_export.gguf_format import read_header
 from longrope_export.llama_cpp.source import fetch_source
+from longrope_export.models.model import load_model
 
 
 @pytest.fixture
@@ -42,6 +44,8 @@ def test_pickles_are_refused(gemma2: Path, tmp_path: Path) -> None:
     (gemma2 / "model.safetensors").rename(gemma2 / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled weights"):
         stock.convert_with_stock(gemma2, "f16", tmp_path / "out.gguf")
+    with pytest.raises(ModelError, match="pickled weights"):
+        GgufConverter().dry_run(load_model(gemma2), None, tmp_path / "out.gguf")
 
 
 def test_script_sees_no_code(gemma2: Path) -> None:

@@ -34,7 +34,11 @@ _CLASSES = {
     "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
+    "qwen2_moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "granitemoe": (transformers.GraniteMoeConfig, transformers.GraniteMoeForCausalLM),
+    "phimoe": (transformers.PhimoeConfig, transformers.PhimoeForCausalLM),
 }
 _MINICPM = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 32}
 
@@ -62,12 +66,13 @@ def make_model(
     settings = {**_SIZES, "vocab_size": vocab_size, "pad_token_id": 0, **overrides}
     if family == "qwen3":
         settings.setdefault("head_dim", 32)
-    if family in ("gemma2", "gemma3"):
+    if family.startswith("gemma"):
         settings.setdefault("head_dim", 16)
+    if family in ("gemma2", "gemma3"):
         settings.setdefault("sliding_window", 32)
     if family == "gemma3":
         settings.setdefault("layer_types", ["sliding_attention", "full_attention"])
-    if family == "mixtral":
+    if family in ("mixtral", "phimoe", "granitemoe"):
         settings.setdefault("num_local_experts", 2)
     torch.manual_seed(len(family))
     model = model_class(config_class(**settings)).to(getattr(torch, dtype))

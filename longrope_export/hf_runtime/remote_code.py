@@ -25,6 +25,7 @@ ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
     "Phi3ForCausalLM",
     "PhimoeForCausalLM",
+    "GemmaForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "GraniteForCausalLM",

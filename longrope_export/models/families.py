@@ -123,6 +123,7 @@ FAMILIES: tuple[Family, ...] = (
         },
     ),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), ("qwen3moe",), {"rope_theta": 10000.0}),
+    Family("gemma", ("GemmaForCausalLM",), ("gemma",), {"head_dim": 256, "rope_theta": 10000.0}),
     Family("gemma2", ("Gemma2ForCausalLM",), ("gemma2",), {"head_dim": 256, "rope_theta": 10000.0}),
     Family(
         "gemma3",

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ import pytest
 import torch
 import transformers
 from longrope_driver import Driver, add
-from tiny_models import add_bpe_tokenizer, add_sentencepiece, as_granite, make_model
+from tiny_models import (
+    add_bpe_tokenizer,
+    add_sentencepiece,
+    as_granite,
+    edit_json,
+    make_model,
+)
 
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_export.config import FactorTier, LogitScaling, LongRopeConfig, SwitchPolicy
@@ -56,13 +62,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {},
     "qwen2": {},
     "qwen3": {},
+    "gemma": {"head_dim": 16, "initializer_range": 0.09},
     "gemma2": GEMMA,
     "gemma3": {**GEMMA, "num_hidden_layers": 6, "layer_types": None},
     "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**MOE, "head_dim": 16, "norm_topk_prob": True},
+    "granitemoe": {"num_local_experts": 4},
 }
-LLAMA_CPP_FAMILIES = {**FAMILIES, "minicpm": {}}  # which transformers has no class for
-STOCK_CONVERTED = ("gemma2", "gemma3", "mixtral", "qwen3_moe")
+# transformers has no class for the first, and llama.cpp computes the second as another model
+LLAMA_CPP_FAMILIES = {
+    **FAMILIES,
+    "minicpm": {},
+    "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
+}
+STOCK_CONVERTED = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "granitemoe",
+    "phimoe",
+)
 
 
 class Toy:
@@ -74,7 +97,13 @@ class Toy:
         make_model(self.folder, family, dtype="float32", **settings)
         if family.startswith("gemma"):
             quieten_mlp(self.folder)
-        if family in ("phi3", "minicpm"):
+        if family == "phimoe":  # what checkpoints say, which llama.cpp's converter goes by
+            edit_json(
+                self.folder / "config.json",
+                architectures=["PhiMoEForCausalLM"],
+                original_max_position_embeddings=256,
+            )
+        if family in ("phi3", "phimoe", "minicpm"):
             add_phi3_tokenizer(self.folder)
         elif family.startswith("gemma"):
             add_sentencepiece(self.folder)
@@ -86,6 +115,8 @@ class Toy:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             as_granite(self.folder) if family == "minicpm" else self.folder, dtype=torch.float32
         ).eval()
+        if family == "phimoe":
+            phimoe_as_in_llama_cpp(self.model)
 
     def config(self, rule: str, **changes: Any) -> LongRopeConfig:
         native = load_model(self.folder).native
@@ -130,8 +161,29 @@ def quieten_mlp(folder: Path) -> None:
     """ggml's GELU is a table of float16: its steps of 5e-4 would hide what is measured here."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for layer in model.model.layers:
-        torch.nn.init.constant_(layer.post_feedforward_layernorm.weight, -0.98)  # scales by 0.02
+        if hasattr(layer, "post_feedforward_layernorm"):
+            torch.nn.init.constant_(layer.post_feedforward_layernorm.weight, -0.98)  # times 0.02
+        else:
+            layer.mlp.down_proj.weight.data *= 0.02
     model.save_pretrained(folder)
+
+
+def phimoe_as_in_llama_cpp(model: Any) -> None:
+    """Its experts are weighted by a plain softmax there, and its LayerNorms are RMS norms."""
+
+    def route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = torch.nn.functional.linear(hidden, router.weight)
+        weights, experts = logits.softmax(-1).topk(router.top_k)
+        return logits, weights / weights.sum(-1, keepdim=True), experts
+
+    def norm(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], layer.weight, layer.eps) + layer.bias  # fmt: skip
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.forward = partial(norm, module)
+    for layer in model.model.layers:
+        layer.mlp.router.forward = partial(route, layer.mlp.router)
 
 
 def convert(source: Path, config: LongRopeConfig | None, output: Path) -> None:
@@ -160,7 +212,8 @@ def make_toys(root: Path, families: Iterable[str]) -> dict[str, Toy]:
             "pre": "gpt-2",
             "name": None,
         }
-        for family in STOCK_CONVERTED
+        for family in made
+        if family in STOCK_CONVERTED
     ]
     source = fetch_source()
     result = subprocess.run(

@@ -41,7 +41,14 @@ FORMATS = (
     "transformers-remote",
 )
 # why cells of the matrix are empty; the exporter says so itself
-NO_GRAPH = ("gemma2", "mixtral", "qwen3_moe")  # of the families that ONNX is written for
+NO_GRAPH = (
+    "gemma",
+    "gemma2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "granitemoe",
+)  # of the families that ONNX is written for
 SAME = 2e-4
 
 

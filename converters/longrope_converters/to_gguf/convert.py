@@ -163,6 +163,10 @@ class GgufConverter:
             from longrope_converters.to_gguf.stream import plan_layout
 
             plan_layout(self._plan(model, config, self.options.outtype))
+        else:
+            from longrope_converters.to_gguf.stock import check_source
+
+            check_source(model.path)
 
     def _check_outputs(self, model: Model, shards: Sequence[GgufHeader], output: Path) -> None:
         inputs = [shard.path for shard in shards] or sorted(model.path.iterdir())

@@ -20,6 +20,19 @@ def make_notes(model: Model, config: LongRopeConfig | None, header: GgufHeader) 
         config: what was written; None where the source's own scaling was carried over.
         header: of a GGUF source, else of the file that was written.
     """
+    return (*_other_models(header), *_of_scaling(model, config, header))
+
+
+def _other_models(header: GgufHeader) -> tuple[str, ...]:
+    if header.architecture != "phimoe":
+        return ()
+    return (
+        "llama.cpp, stock and patched, computes phimoe with RMS norms for its LayerNorms and a plain "
+        "softmax for its sparse mixer: its logits are not the model's, with or without factors",
+    )
+
+
+def _of_scaling(model: Model, config: LongRopeConfig | None, header: GgufHeader) -> tuple[str, ...]:
     if config is None:
         return _carried_notes(model, header)
     if not has_stock_fields(header.architecture):

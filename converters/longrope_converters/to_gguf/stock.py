@@ -60,8 +60,7 @@ def convert_with_stock(
     """
     from longrope_export.llama_cpp.source import fetch_source
 
-    if not any(folder.glob("*.safetensors")):
-        raise error_without_safetensors(folder)
+    check_source(folder)
     tree = fetch_source()
     python = _interpreter(tree)
     with _without_code(folder, keep_code=trust_remote_code) as visible:
@@ -72,6 +71,16 @@ def convert_with_stock(
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         by_hand = [str(folder) if part == str(visible) else part for part in command]
         _run(command, {**environment, **offline}, by_hand)
+
+
+def check_source(folder: Path) -> None:
+    """Refuse a folder without safetensors weights.
+
+    Raises:
+        ModelError: it holds none; says what it holds instead.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise error_without_safetensors(folder)
 
 
 @contextmanager

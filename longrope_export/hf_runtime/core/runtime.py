@@ -38,6 +38,7 @@ TEXT_MODELS = (
     "Qwen3MoeModel",
     "Phi3Model",
     "PhimoeModel",
+    "GemmaModel",
     "Gemma2Model",
     "Gemma3TextModel",
     "GraniteModel",
