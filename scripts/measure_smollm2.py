@@ -29,7 +29,8 @@ from longrope_export.definition import dump_factors
 from longrope_export.demo.material import fetch_smollm2, write_help_text
 from longrope_export.evaluate.journal import Journal
 from longrope_export.evaluate.results import make_results, markdown_table, tables
-from longrope_export.evaluate.run import Options, evaluate, open_journal
+from longrope_export.evaluate.run import evaluate, open_journal
+from longrope_export.evaluate.session import Options
 from longrope_export.evaluate.settings import Cell, Settings, Text
 from longrope_export.evaluate.subjects import Subject, make_subjects
 from longrope_export.factor_files import read_factors

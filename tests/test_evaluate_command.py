@@ -256,6 +256,17 @@ def test_another_model_of_the_same_name_is_noticed(root: Path, tmp_path: Path) -
     assert read_results(out)["cells"][0]["loss"] != before
 
 
+def test_a_text_too_short_for_the_longest_prompt_is_found_first(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    (root / "medium.txt").write_text(HELP[:2000])
+    words = ("m", "--no-perplexity", "--passkey", "--depths", "0.5", "-o", out, "--force")
+    assert run(root, *words, "--text", "help.txt", "--lengths", "600").exit_code == 0
+    before = out.read_bytes(), journal_path(out).read_bytes()
+    result = run(root, *words, "--text", "medium.txt", "--lengths", "600,4000")
+    assert result.exit_code == 2 and "too short to hide numbers in 4000" in result.output
+    assert (out.read_bytes(), journal_path(out).read_bytes()) == before
+
+
 # lm-eval
 
 

@@ -117,7 +117,8 @@ def command(
     """
     from longrope_export.evaluate.journal import journal_path
     from longrope_export.evaluate.results import is_results, make_results, rich_tables
-    from longrope_export.evaluate.run import Options, evaluate, open_journal
+    from longrope_export.evaluate.run import evaluate, open_journal
+    from longrope_export.evaluate.session import Options
     from longrope_export.evaluate.settings import Settings
     from longrope_export.evaluate.subjects import check_lengths, make_subjects
     from longrope_export.outputs import check_output, write_text
