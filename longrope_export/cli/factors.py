@@ -81,7 +81,8 @@ def command(
     from longrope_export.models.model import find_model, load_model
     from longrope_export.outputs import check_output
 
-    source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    path = find_model(model, revision=revision, local_files_only=local_files_only, weights=False)
+    source = load_model(path)
     if output is not None:
         check_output(output, input_files(source.path, factors, tiers), force=force)
     given = {name: value for name, value in options.items() if value is not None}

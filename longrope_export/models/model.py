@@ -18,7 +18,8 @@ from longrope_export.models.native import native_of_hf, read_definition
 from longrope_export.models.native_gguf import gguf_head_dim, native_of_gguf
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
+_HUB_SETTINGS = ["*.json", "*.model", "*.jinja", "*.txt", "README.md"]
+_HUB_WEIGHTS = ["*.safetensors"]
 
 
 class ModelKind(StrEnum):
@@ -67,10 +68,19 @@ class Model:
         return self.native.max_position_embeddings
 
 
-def find_model(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+def find_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
+) -> Path:
     """The path of MODEL: an existing path as it is, else a hub id, fetched or from the hub's cache.
 
     Only JSON, safetensors and tokenizer files are fetched, never pickles or code.
+
+    Args:
+        weights: False leaves safetensors where they are, for those who look at settings alone.
 
     Raises:
         ModelError: neither a path nor a hub id, or the hub refuses.
@@ -95,7 +105,7 @@ def find_model(name: str, *, revision: str | None = None, local_files_only: bool
                 name,
                 revision=revision,
                 local_files_only=local_files_only,
-                allow_patterns=_HUB_PATTERNS,
+                allow_patterns=_HUB_SETTINGS + _HUB_WEIGHTS * weights,
             )
         )
     except Exception as error:  # the hub client raises many kinds; all mean that it is not there
