@@ -69,8 +69,9 @@ def read_factors(path: Path, model: Model | None = None) -> LongRopeConfig:
         raise FactorFileError(f"{path}: no such factors file")
     if path.suffix.lower() == ".csv":
         raise FactorFileError(
-            f"{path}: a CSV does not say for which length it is: use --tier LENGTH={path.name}, "
-            f"for example --tier 131072={path.name}"
+            f"{path}: a CSV does not say for which length it is: use --tier LENGTH={path.name} (as "
+            f"--tier 131072={path.name}), or make a factors file of it first: longrope-export factors "
+            f"file MODEL --tier LENGTH={path.name} -o factors.json"
         )
     try:
         config = _read_any(path, model)

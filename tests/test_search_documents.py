@@ -35,6 +35,8 @@ def test_three_sets_of_different_works() -> None:
         "windows from different works: search 5 from 3, validation 3 from 2, test 4 from 2"
     )
     assert all(len(document.ids) == 100 for document in split.all)
+    split = split_documents(works(*[1000] * 3, 99, 50), 100, (5, 3, 4), np.random.default_rng(0))
+    assert split.held_out.endswith("; 2 work(s) shorter than a window, left out")
 
 
 def test_a_work_that_is_given_twice_counts_once() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from processes import end, start_until
-from tiny_models import SENTENCES, add_bpe_tokenizer, edit_json, make_model
+from tiny_models import edit_json, make_model
 
-from longrope_export.cli import main
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ConfigError, LongRopeError, OutputError
 from longrope_export.factor_files import read_factors
@@ -25,8 +21,9 @@ from longrope_export.models.model import load_model
 from longrope_export.search.algorithms import Algorithm
 from longrope_export.search.evaluator import Budget, Difference
 from longrope_export.search.evolution import EvolutionSettings
-from longrope_export.search.jobs import Document, Workers
-from longrope_export.search.options import SearchOptions
+from longrope_export.search.jobs import Document, Job, Workers
+from longrope_export.search.judge import losses_of
+from longrope_export.search.options import Event, SearchOptions
 from longrope_export.search.practical import PracticalSettings
 from longrope_export.search.recovery import RecoveryRun
 from longrope_export.search.run import SearchRun
@@ -150,6 +147,39 @@ def test_a_budget_ends_the_search_and_not_the_report(
     assert result["notes"] == ["the budget ended the search"]
 
 
+def test_a_budget_that_ends_among_gradients_leaves_room_to_race_what_they_found(
+    folder: Path, texts: Texts, tmp_path: Path
+) -> None:
+    stages = PracticalSettings(family_evaluations=0, gradient_steps=24, litter=3, patience=2)
+    options = replace(BY_ALGORITHM["practical"], practical=stages, budget=Budget(64 * TARGET))
+    run = start(folder, texts, options, tmp_path / "run")
+    sent = count_jobs(run)
+    run.execute()
+    run.close()
+    searched = sent[: run.searching.evaluations]
+    gradients = [number for number, job in enumerate(searched) if job.gradient]
+    assert 2 <= len(gradients) < 48
+    raced = [job for job in searched[gradients[-1] + 1 :] if not job.gradient]
+    assert len(raced) >= 2
+    assert run.searching.tokens <= 90 * TARGET  # the batch under way is finished
+
+
+@pytest.mark.parametrize("switch", list(SwitchPolicy))
+def test_the_choice_is_made_under_the_rule_that_is_written(
+    folder: Path, texts: Texts, tmp_path: Path, switch: SwitchPolicy
+) -> None:
+    options = replace(BY_ALGORITHM["ladder"], switch=switch, budget=Budget(tokens=4 * TARGET))
+    run = start(folder, texts, options, tmp_path / "run")
+    outcome = run.execute()
+    (loss,) = losses_of(run.judging, [outcome.config], run.indices("validation")).mean(axis=1)
+    run.close()
+    rows = {row["name"]: row["loss"] for row in outcome.result["validation"]}
+    assert rows[outcome.result["chosen"]] == loss == min(rows.values())
+    names = [row["name"] for row in outcome.result["test"]]
+    alone = "ladder" not in outcome.result["baseline"]
+    assert (f"{outcome.result['baseline']}, causal" in names) == (alone and switch == "causal")
+
+
 @pytest.mark.parametrize("passes", [1, 7, 20])
 def test_the_papers_search_looks_at_its_budget_between_individuals(
     folder: Path, texts: Texts, tmp_path: Path, passes: int
@@ -255,6 +285,14 @@ def test_a_warm_start_is_one_of_the_seeds(folder: Path, texts: Texts, tmp_path: 
     seeds = run.execute().result["seeds"]
     run.close()
     assert {name.split(",")[0] for name in seeds} == {"warm start", "pi", "ntk", "yarn"}
+    # one that leaves the bounds
+    far = replace(warm, tiers=(replace(warm.tiers[-1], rescale_factors=(50.0,) * 8),))
+    run = start(folder, texts, replace(OPTIONS, warm_start=far), tmp_path / "far")
+    seeds = run.execute().result["seeds"]
+    run.close()
+    assert "warm start, brought into the bounds" in {
+        name.rsplit(", attention")[0] for name in seeds
+    }
     # one that is a seed already
     same = make_config(load_model(folder), "yarn", TARGET)
     options = replace(OPTIONS, warm_start=same, attention=str(same.tiers[0].attention_factor))
@@ -308,6 +346,31 @@ def test_short_tiers_of_an_extended_model_are_recovered(texts: Texts, tmp_path: 
         start(folder, texts, replace(options, target_length=512), tmp_path / "b", RecoveryRun)
 
 
+def test_each_length_that_is_recovered_has_its_share_of_the_budget(
+    texts: Texts, tmp_path: Path
+) -> None:
+    folder, place = tmp_path / "model", tmp_path / "run"
+    make_extended(folder)
+    options = replace(OPTIONS, recover=(32, 64), budget=Budget(tokens=3000))
+    run = start(folder, texts, options, place, RecoveryRun)
+    whole = run.execute().result
+    run.close()
+    phases = {entry["phase"] for entry in whole["history"]}
+    assert phases == {"recovering 32 tokens", "recovering 64 tokens"}
+    assert whole["notes"] == [
+        f"{length}: its share of the budget ended the search" for length in (32, 64)
+    ]
+    assert whole["spent"]["tokens"] < 4000
+    log = (place / "log.jsonl").read_bytes()
+    for share in (0.2, 0.6):
+        (place / "log.jsonl").write_bytes(log[: int(share * len(log))])
+        run = start(folder, texts, options, place, RecoveryRun, resume=True)
+        again = run.execute().result
+        run.close()
+        for part in ("test", "chosen", "recovered", "notes"):
+            assert again[part] == whole[part]
+
+
 # -- refusals
 
 
@@ -350,20 +413,42 @@ def test_a_damaged_log_is_refused(folder: Path, texts: Texts, tmp_path: Path) ->
         start(folder, texts, OPTIONS, tmp_path / "run", resume=True)
 
 
-def test_a_full_disk_loses_nothing(folder: Path, texts: Texts, small_disk: Path) -> None:
+def test_a_full_disk_loses_nothing(
+    folder: Path, texts: Texts, small_disk: Path, tmp_path: Path
+) -> None:
+    unbroken = start(folder, texts, OPTIONS, tmp_path / "run")
+    whole = unbroken.execute().result
+    unbroken.close()
     ballast = small_disk / "ballast"
     place = small_disk / "run"
-    run = start(folder, texts, OPTIONS, place)
-    with ballast.open("ab") as file, pytest.raises(OSError, match="No space left"):
-        while True:
-            os.write(file.fileno(), b"x" * 4096)
+
+    def fill(event: Event) -> None:
+        if event.progress is not None and event.progress.evaluations == 20:
+            with ballast.open("ab") as file, pytest.raises(OSError, match="No space left"):
+                while True:
+                    os.write(file.fileno(), b"x" * 4096)
+
+    run = start(folder, texts, OPTIONS, place, observe=fill)
     with pytest.raises(OutputError, match=r"go on with --resume|cannot write"):
         run.execute()
     run.close()
+    kept = (place / "log.jsonl").read_bytes().count(b"\n")
+    assert kept >= 20
     ballast.unlink()
     again = start(folder, texts, OPTIONS, place, resume=True)
-    assert again.execute().result["test"]
+    sent = count_jobs(again)
+    assert again.execute().result["test"] == whole["test"]
     again.close()
+    total = (tmp_path / "run" / "log.jsonl").read_bytes().count(b"\n")
+    assert len(sent) == total - kept
+
+
+def count_jobs(run: Run) -> list[Job]:
+    """Grows by every job that its workers get."""
+    sent: list[Job] = []
+    inner = run.workers.run
+    run.workers.run = lambda jobs, done: (sent.extend(jobs), inner(jobs, done))[1]  # type: ignore[method-assign]
+    return sent
 
 
 def test_targets_that_are_no_extension_and_short_texts_are_refused(
@@ -400,165 +485,3 @@ def test_paired_differences_have_the_standard_error_of_their_mean() -> None:
     assert difference.error == pytest.approx(0.2 / np.sqrt(3))
     assert difference.errors == pytest.approx(-0.5 / (0.2 / np.sqrt(3)))
     assert Difference.of(first[:1], second[:1]).error == np.inf
-
-
-# -- the command
-
-
-@pytest.fixture(scope="module")
-def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cli") / "model"
-    make_model(path, dtype="float32", max_position_embeddings=WINDOW)
-    add_bpe_tokenizer(path)
-    books = path.parent / "books"
-    books.mkdir()
-    for number in range(4):
-        (books / f"{number}.txt").write_text(" ".join(SENTENCES[number:] * 30))
-    return path
-
-
-def arguments(model: Path, run: Path, *more: str) -> list[str]:
-    given = ["search", str(model), "--target-length", "128", "--text", str(model.parent / "books")]
-    given += ["-o", str(run), "--documents", "2,1,1"]
-    if "--ladder" not in more:
-        given += ["--population", "4", "--iterations", "2"]
-    others = {"--recover", "--needle-keys", "--switch"}  # ignore them, or are them
-    needles = [] if others & {*more} else ["--needle-keys", "0"]
-    return [*given, *needles, *more]
-
-
-def test_the_command_searches_plots_and_prints_json(with_tokenizer: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path / "run", "--json"))
-    assert result.exit_code == 0, result.stderr
-    values = json.loads(result.stdout)
-    assert values["test"][-1]["name"] == "result"
-    for name in ("factors.json", "result.json", "convergence.png", "factors.png"):
-        assert (tmp_path / "run" / name).stat().st_size > 100
-    assert "nats against" in result.stderr
-    assert "longrope-export gguf" in result.stderr
-
-
-def test_the_command_killed_at_any_moment_resumes_to_the_same_result(
-    with_tokenizer: Path, tmp_path: Path
-) -> None:
-    whole = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path / "whole"))
-    assert whole.exit_code == 0, whole.stderr
-    command = [
-        sys.executable,
-        "-m",
-        "longrope_export",
-        *arguments(with_tokenizer, tmp_path / "cut"),
-    ]
-    log = tmp_path / "cut" / "log.jsonl"
-    end(start_until(command, lambda: log.is_file() and log.read_bytes().count(b"\n") >= 3))
-    assert not (tmp_path / "cut" / "factors.json").exists()
-    resumed = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path / "cut", "--resume"))
-    assert resumed.exit_code == 0, resumed.stderr
-    first, second = (read_factors(tmp_path / n / "factors.json", None) for n in ("whole", "cut"))
-    assert first.tiers == second.tiers
-    assert first.switch == second.switch
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--target-length", "64"], "own window is 64 already"),
-        (["--target-length", "1000000"], "a window needs"),
-        (["--documents", "2"], "expected 3 numbers"),
-        (["--documents", "a,b,c"], "expected whole numbers"),
-        (["--recover", "32"], "expected --target-length 64"),
-        (["--resume"], "no run to resume"),
-        (["--against", "yarn,none"], "method 'none' is not known"),
-        (["--dtype", "float16", "--text", "none.txt"], "no such file"),
-        (["--ladder", "64,96"], "expected the target 128"),
-        (["--against", "yarn-ladder:x", "--ladder", "64,128"], "METHOD-ladder:NUMBER"),
-        (["--against", "yarn-ladder"], "ladders belong to --ladder"),
-        (["--budget-tokens", "0"], "--budget-tokens must be above 0"),
-        (["--budget-minutes", "-1"], "--budget-minutes must be above 0"),
-        (["--budget-tokens", "nan"], "--budget-tokens must be above 0 and finite, got nan"),
-        (["--budget-tokens", "inf"], "--budget-tokens must be above 0 and finite, got inf"),
-        (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
-        (["--recover", "32", "--recover-cap", "inf"], "--recover-cap must be above 0 and finite"),
-        (["--recover", "32", "--recover-cap", "nan"], "--recover-cap must be above 0 and finite"),
-        (["--population", "0"], "--population and --documents must be 1 or more"),
-        (["--needle-keys", "100"], "--needle-keys must be 0..64"),
-        (["--tier-tokens", "5"], "--tier-tokens belongs to --ladder"),
-        (["--gradient-steps", "5"], "--algorithm longrope does not use --gradient-steps"),
-        (["--ladder", "64,128", "--attention-factor", "none"], "does not use --attention-factor"),
-        (["--ladder", "64,128", "--recover", "32"], "two searches"),
-        (["--algorithm", "practical"], "does not use --population"),
-        (["--recover", "32", "--algorithm", "practical"], "practical does not use --population"),
-        (["--recover", "32", "--gradient-steps", "3"], "longrope does not use --gradient-steps"),
-        (
-            ["--ladder", "64,128", "--no-refine", "--tier-tokens", "8"],
-            "--no-refine does not use --tier-tokens",
-        ),
-        (["--switch", "causal", "--needle-keys", "7"], "--switch does not use --needle-keys"),
-    ],
-)
-def test_bad_input_is_one_clear_error(
-    with_tokenizer: Path, tmp_path: Path, more: list[str], message: str
-) -> None:
-    result = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path / "run", *more))
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert not (tmp_path / "run" / "factors.json").exists()
-
-
-@pytest.mark.parametrize("name", ["family_evaluations", "gradient_steps"])
-def test_stages_of_the_practical_search_are_no_negative_numbers(name: str) -> None:
-    option = name.replace("_", "-")
-    with pytest.raises(ConfigError, match=f"--{option} must be 0 or more, got -1"):
-        PracticalSettings(**{name: -1})
-
-
-@pytest.mark.parametrize("damage", ["{", "[]", '{"options": 1}', "\xff"])
-def test_damaged_settings_are_one_clear_error(
-    with_tokenizer: Path, tmp_path: Path, damage: str
-) -> None:
-    (tmp_path / "settings.json").write_text(damage, encoding="latin-1")
-    result = CliRunner().invoke(main, arguments(with_tokenizer, tmp_path, "--resume"))
-    assert result.exit_code == 2
-    assert "settings.json: damaged: " in result.stderr
-
-
-def test_a_model_without_rope_is_refused(tmp_path: Path, with_tokenizer: Path) -> None:
-    folder = tmp_path / "gpt2"
-    folder.mkdir()
-    edit_json(
-        folder / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"], n_embd=8
-    )
-    result = CliRunner().invoke(
-        main,
-        ["search", str(folder), "--target-length", "128", "--text", str(with_tokenizer.parent / "books"),
-         "-o", str(tmp_path / "run")],
-    )  # fmt: skip
-    assert result.exit_code == 2
-    assert "Error:" in result.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_searched_ladder_is_taken_by_every_exporter(with_tokenizer: Path, tmp_path: Path) -> None:
-    run = arguments(with_tokenizer, tmp_path / "run", "--ladder", "64,96,128", "--switch", "causal")
-    more = ["--family-evaluations", "6", "--against", "yarn-ladder"]
-    result = CliRunner().invoke(main, [*run, *more])
-    assert result.exit_code == 0, result.stderr
-    factors = str(tmp_path / "run" / "factors.json")
-    searched = read_factors(Path(factors), None)
-    assert [tier.max_length for tier in searched.tiers] == [64, 96, 128]
-    exports = {
-        "gguf": ["-o", str(tmp_path / "model.gguf"), "--pre", "gpt-2"],
-        "safetensors": ["-o", str(tmp_path / "folder"), "--remote-code"],
-        "onnx": ["-o", str(tmp_path / "onnx")],
-    }
-    for command, more in exports.items():
-        given = [command, str(with_tokenizer), "--factors", factors, *more]
-        result = CliRunner().invoke(main, given)
-        assert result.exit_code == 0, result.stderr
-        written = read_factors(
-            Path(more[1]) / "longrope.json" if command == "safetensors" else Path(more[1]), None
-        )
-        assert [t.max_length for t in written.tiers] == [64, 96, 128]
-        for one, other in zip(written.tiers, searched.tiers, strict=True):
-            assert one.rescale_factors == pytest.approx(other.rescale_factors, rel=1e-6)
-            assert one.attention_factor == pytest.approx(other.attention_factor, rel=1e-6)

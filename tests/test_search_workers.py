@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from tiny_models import make_model
+from click.testing import CliRunner
+from tiny_models import SENTENCES, add_bpe_tokenizer, make_model
 from worker_setups import WINDOW, Toy, Watched, config, jobs_of, toy
 
+from longrope_export.cli import main
 from longrope_export.errors import LongRopeError, ModelError, ToolError
+from longrope_export.factor_files import read_factors
 from longrope_export.search import dispatch
 from longrope_export.search.dispatch import HeldPrefixes, JobQueue
 from longrope_export.search.jobs import Document, Job, Score, Workers
@@ -147,8 +150,9 @@ def test_a_worker_that_always_dies_while_it_loads_is_given_up(tmp_path: Path) ->
     assert not pids(setup)
 
 
-def test_a_broken_cuda_context_counts_as_a_death(tmp_path: Path) -> None:
-    setup = toy(tmp_path, "", "break the GPU once", "")
+@pytest.mark.parametrize("name", ["break the GPU once", "run out of memory once"])
+def test_a_broken_cuda_context_counts_as_a_death(tmp_path: Path, name: str) -> None:
+    setup = toy(tmp_path, "", name, "")
     with contextlib.closing(ProcessWorkers(setup, ["cpu"])) as workers:
         assert [score.mean for score in collect(workers, jobs_of(setup))] == [0, 1, 2]
     assert len(list(setup.pids.iterdir())) == 2
@@ -251,6 +255,33 @@ def test_ray_replaces_what_was_killed_and_says_what_went_wrong(
         monkeypatch.setattr(dispatch, "MAX_RETRIES", 0)  # an actor takes seconds to start
         with pytest.raises(ToolError, match=r"on Ray \(cpu, .*died.*document 4 .*lost 1 worker"):
             collect(workers, jobs[4:])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_command_on_ray_finds_what_it_finds_here(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", dtype="float32", max_position_embeddings=64)
+    add_bpe_tokenizer(model)
+    (tmp_path / "books").mkdir()
+    for number in range(3):
+        (tmp_path / "books" / f"{number}.txt").write_text(" ".join(SENTENCES[number:] * 30))
+    words = ["search", str(model), "--target-length", "128", "--text", str(tmp_path / "books")]
+    words += [
+        "--documents",
+        "2,1,1",
+        "--population",
+        "4",
+        "--iterations",
+        "1",
+        "--switch",
+        "causal",
+    ]
+    found = []
+    for name, more in (("here", []), ("ray", ["--ray", "auto", "--ray-workers", "1"])):
+        run = tmp_path / name
+        result = CliRunner().invoke(main, [*words, "-o", str(run), *more])
+        assert result.exit_code == 0, result.stderr
+        found.append(read_factors(run / "factors.json").tiers)
+    assert found[0] == found[1]
 
 
 def test_a_ray_node_without_the_model_is_named(tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ from longrope_export.search.workers import ProcessWorkers
 WINDOW = 48
 
 
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's, which does not have to be imported for it."""
+
+
 def config(factor: float = 2.0) -> LongRopeConfig:
     tiers = (FactorTier(512, (1.0, *[factor] * 7), 0, 1.1),)
     return LongRopeConfig(10000.0, 16, WINDOW, 512, tiers, SwitchPolicy.SEQUENCE)
@@ -91,6 +95,8 @@ class ToyScorer:
             raise RuntimeError("Connection closed by peer")
         if name == "break the GPU once" and self.is_first(job):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if name == "run out of memory once" and self.is_first(job):
+            raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         if name == "endless" or (name == "wait once" and self.is_first(job)):
             time.sleep(600)
         if name == "slow":

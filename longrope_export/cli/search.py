@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from longrope_export.search.options import Event, Outcome, SearchOptions
 
 ALGORITHMS = ("longrope", "longrope2", "practical")
+SECONDS_BETWEEN_LINES = 60  # where there is no terminal
+SHOWN_FORMS = 4
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -170,9 +173,15 @@ def command(
 
 @contextlib.contextmanager
 def show_progress() -> Iterator[Callable[[Event], None]]:
-    """What is being done, the best so far against the closed forms, what is spent; on a terminal."""
-    if is_quiet() or not sys.stderr.isatty():
+    """What is being done, the best so far against the closed forms, what is spent and what is left.
+
+    On a terminal a bar; elsewhere a line for each phase, and one a minute.
+    """
+    if is_quiet():
         yield lambda event: None
+        return
+    if not sys.stderr.isatty():
+        yield say_now_and_then()
         return
     from rich.console import Console
     from rich.progress import (
@@ -188,28 +197,51 @@ def show_progress() -> Iterator[Callable[[Event], None]]:
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("reading", total=None, spent="")
+        task, phase = progress.add_task("reading", total=None, spent=""), ""
 
         def observe(event: Event) -> None:
-            spent, share = "", None
+            nonlocal phase
+            if event.phase != phase:
+                phase = event.phase
+                progress.reset(task, total=None)
             if event.progress is not None:
-                share = event.progress.share
-                spent = f"{event.progress.evaluations} passes, {event.progress.tokens:,} tokens"
-            total = None if share is None else 1.0
-            progress.update(
-                task, description=describe(event), spent=spent, total=total, completed=share or 0
-            )
+                progress.update(task, total=1.0, completed=event.progress.share)
+            progress.update(task, description=describe(event), spent=describe_spent(event))
 
         yield observe
 
 
+def say_now_and_then() -> Callable[[Event], None]:
+    """An observer that writes lines."""
+    phase, written = "", 0.0
+
+    def observe(event: Event) -> None:
+        nonlocal phase, written
+        now = time.monotonic()
+        if event.phase == phase and now - written < SECONDS_BETWEEN_LINES:
+            return
+        phase, written = event.phase, now
+        share = "" if event.progress is None else f", {event.progress.share:.0%}"
+        spent = describe_spent(event)
+        say(describe(event) + (f"; {spent}{share}" if spent else ""))
+
+    return observe
+
+
 def describe(event: Event) -> str:
-    """One line: the phase, the best loss, and the best seeds' beside it."""
+    """One line: the phase, the best loss, and the best closed forms' beside it."""
     if event.best is None:
         return event.phase
     line = f"{event.phase}: {event.best:.4f} nats ({event.origin})"
-    nearest = sorted(event.closed_forms.items(), key=lambda entry: entry[1])[:2]
-    return line + "".join(f", {name} {loss:.4f}" for name, loss in nearest)
+    nearest = sorted(event.closed_forms.items(), key=lambda entry: entry[1])[:SHOWN_FORMS]
+    return line + "".join(f", {name.partition(',')[0]} {loss:.4f}" for name, loss in nearest)
+
+
+def describe_spent(event: Event) -> str:
+    """Passes and forward tokens so far."""
+    if event.progress is None:
+        return ""
+    return f"{event.progress.evaluations} passes, {event.progress.tokens:,} tokens"
 
 
 def write_plots(source: Model, options: SearchOptions, outcome: Outcome, folder: Path) -> None:

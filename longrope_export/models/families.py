@@ -148,6 +148,12 @@ FAMILIES: tuple[Family, ...] = (
 
 _UNKNOWN = "unknown"
 
+#: model_type, or general.architecture of a GGUF, of models that have no rotary embedding at all
+WITHOUT_ROPE = frozenset(
+    {"gpt2", "gpt_neo", "gpt_bigcode", "starcoder", "opt", "bloom", "mpt", "xglm", "biogpt", "ctrl"}
+    | {"openai-gpt", "refact", "mamba", "mamba2", "rwkv", "rwkv6", "rwkv7", "t5", "bart", "bert"}
+)
+
 
 def family_of_hf(model_type: str | None, architectures: list[str]) -> Family:
     """The family of a config.json; one named "unknown" when no entry fits."""

@@ -12,7 +12,7 @@ from longrope_export.config import LongRopeConfig
 from longrope_export.errors import FactorFileError, ModelError
 from longrope_export.gguf_format import GgufHeader, latest, read_header
 from longrope_export.gguf_keys import has_our_keys
-from longrope_export.models.families import Family, family_of_gguf
+from longrope_export.models.families import WITHOUT_ROPE, Family, family_of_gguf
 from longrope_export.models.hf_config import HfConfig, is_hf_folder, read_hf_config
 from longrope_export.models.native import native_of_hf, read_definition
 from longrope_export.models.native_gguf import gguf_head_dim, native_of_gguf
@@ -162,7 +162,16 @@ def check_fits(config: LongRopeConfig, model: Model, source: str) -> None:
             )
 
 
+def _refuse_without_rope(path: Path, model_type: str) -> None:
+    if model_type in WITHOUT_ROPE:
+        raise ModelError(
+            f"{path}: a {model_type} has no rotary position embedding (RoPE), expected a model with "
+            f"one: there are no factors to give it"
+        )
+
+
 def _from_hf(config: HfConfig) -> Model:
+    _refuse_without_rope(config.folder, str(config.get("model_type", "")))
     digest = hashlib.sha256(config.path.read_bytes())
     for shard in sorted(config.folder.glob("*.safetensors")):
         digest.update(f"{shard.name} {shard.stat().st_size}\n".encode())
@@ -191,6 +200,7 @@ def _from_gguf(header: GgufHeader) -> Model:
             raise ModelError(f"{header.path}: key {header.architecture}.{name} is {value!r}")
         return value
 
+    _refuse_without_rope(header.path, header.architecture)
     with header.path.open("rb") as file:
         digest = hashlib.sha256(file.read(header.data_start_bytes))
     digest.update(str(header.file_bytes).encode())

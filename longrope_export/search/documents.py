@@ -66,11 +66,11 @@ def split_documents(
     """
     body = length - len(start)
     given, works = len(works), _distinct(works)
-    repeated = (
-        f"; {given - len(works)} work(s) given twice, used once" if len(works) < given else ""
-    )
+    others = f"; {given - len(works)} work(s) given twice, used once" if len(works) < given else ""
     shuffled = [works[int(index)] for index in rng.permutation(len(works))]
     windows = [w for w in (windows_of(*work, body, start) for work in shuffled) if w]
+    if short := len(works) - len(windows):
+        others += f"; {short} work(s) shorter than a window, left out"
     if not windows:
         longest = max((len(ids) for _, ids in works), default=0)
         raise ConfigError(
@@ -79,7 +79,7 @@ def split_documents(
         )
     if len(windows) >= 3:
         search, validation, test, words = _by_work(windows, counts)
-        return Split(search, validation, test, words + repeated)
+        return Split(search, validation, test, words + others)
     flat = [window for work in windows for window in work]
     if len(flat) >= 3:
         last = max(1, min(counts[2], len(flat) // 4))
@@ -89,11 +89,9 @@ def split_documents(
             f"different places of the same work"
         )
         rest = tuple(flat[: len(flat) - middle - last])[: counts[0]]
-        return Split(
-            rest, tuple(flat[-middle - last : -last]), tuple(flat[-last:]), note + repeated
-        )
+        return Split(rest, tuple(flat[-middle - last : -last]), tuple(flat[-last:]), note + others)
     note = f"only {len(flat)} window(s) of {length} tokens: nothing is held out"
-    return Split(tuple(flat), tuple(flat), tuple(flat), note + repeated)
+    return Split(tuple(flat), tuple(flat), tuple(flat), note + others)
 
 
 def _distinct(works: Sequence[tuple[str, Sequence[int]]]) -> list[tuple[str, Sequence[int]]]:

@@ -44,13 +44,14 @@ class Progress:
 
     Attributes:
         evaluations, tokens, seconds: spent so far.
-        share: of the budget, or of what is expected, that is spent, 0 to 1; None if unknown.
+        share: of the budget, or of what is expected, that is spent, 0 to 1; of this call's jobs where
+            neither is known.
     """
 
     evaluations: int
     tokens: int
     seconds: float
-    share: float | None
+    share: float
 
 
 class Evaluator:
@@ -64,7 +65,7 @@ class Evaluator:
 
     Attributes:
         evaluations, tokens, seconds: spent so far.
-        expected: evaluations that there will be, where that is known; for the progress alone.
+        expected: evaluations that there will be, as far as is known; for the progress alone.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Evaluator:
         self._prefixes: set[tuple[int, str]] = set()
         self.evaluations, self.tokens, self.seconds = 0, 0, 0.0
         self.expected: int | None = None
+        self._call = (0, 1)  # evaluations before the call under way, and how many it adds
 
     def scores(self, jobs: Sequence[Job]) -> list[Score]:
         """One score for each job.
@@ -92,6 +94,7 @@ class Evaluator:
         fresh = [key for key in keys if key not in self._counted]
         if fresh and self.is_spent:
             raise BudgetSpentError
+        self._call = self.evaluations, max(1, len(set(fresh)))
         known = self._run.scores
         missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in known}
         names = list(missing)
@@ -112,6 +115,21 @@ class Evaluator:
     def is_spent(self) -> bool:
         """Whether the budget is used up."""
         return max(self._shares(), default=0.0) >= 1
+
+    @property
+    def tokens_left(self) -> float:
+        """Forward tokens that the budget allows, of its minutes at the pace so far; may be infinite."""
+        spent = max(self._shares(), default=0.0)
+        return self.tokens * (1 / spent - 1) if spent else math.inf
+
+    def allow(self, budget: Budget, share: float) -> None:
+        """From here on, at most a share (above 0, at most 1) of what is left of a budget."""
+        tokens, seconds = budget.tokens, budget.seconds
+        if tokens is not None:
+            tokens = self.tokens + math.ceil(max(tokens - self.tokens, 0) * share)
+        if seconds is not None:
+            seconds = self.seconds + max(seconds - self.seconds, 0) * share
+        self.budget = Budget(tokens, seconds)
 
     def _shares(self) -> list[float]:
         shares = []
@@ -138,7 +156,10 @@ class Evaluator:
         shares = self._shares()
         if self.expected:
             shares.append(self.evaluations / self.expected)
-        share = min(max(shares), 1.0) if shares else None
+        if not shares:
+            before, count = self._call
+            shares.append((self.evaluations - before) / count)
+        share = min(max(shares), 1.0)
         self._observe(Progress(self.evaluations, self.tokens, self.seconds, share))
 
 

@@ -40,6 +40,11 @@ class EvolutionSettings:
     parents: int = 32
     documents: int = 5
 
+    @property
+    def individuals(self) -> int:
+        """Of all generations."""
+        return self.population + self.iterations * (self.mutations + self.crossovers)
+
     def __post_init__(self) -> None:
         if min(self.population, self.parents, self.documents) < 1 or self.iterations < 0:
             raise ConfigError(

@@ -18,6 +18,7 @@ from longrope_export.search.jobs import Job, Span
 
 # the closed-form ladder that was best on SmolLM2: YaRN at each length, 0.6 of its logarithm
 START = (0.0, 0.0, 0.0, 0.0, -0.5)
+START_NAME = "yarn-ladder:0.6"
 NEAR_LENGTHS = (0.85, 1.2)  # a tier is also tried with the factors of these multiples of its length
 NEAR_ATTENTION = (-0.02, 0.02)  # and with its attention factor moved by these
 
@@ -43,6 +44,12 @@ class LadderSettings:
     tier_tokens: int | None = None
     refine: bool = True
 
+    def expected_jobs(self, documents: int) -> int:
+        """Passes of both stages."""
+        candidates = 1 + len(NEAR_LENGTHS) + len(NEAR_ATTENTION)
+        refined = candidates * len(self.lengths) if self.refine else 0
+        return (self.family_evaluations + refined) * documents
+
 
 class LadderSearch:
     """One search for a ladder.
@@ -52,6 +59,7 @@ class LadderSearch:
         evaluator: answers jobs.
         documents: indices of the search documents, each as long as the target.
         on_best: told of each new best: loss in nats per token and where it comes from.
+        on_seeds: told the loss of the closed form that the search begins at.
     """
 
     def __init__(
@@ -61,9 +69,10 @@ class LadderSearch:
         documents: Sequence[int],
         settings: LadderSettings,
         on_best: Callable[[float, str], None] = lambda loss, origin: None,
+        on_seeds: Callable[[dict[str, float]], None] = lambda losses: None,
     ) -> None:
         self.model, self.evaluator, self.documents = model, evaluator, list(documents)
-        self.settings, self._on_best = settings, on_best
+        self.settings, self._on_best, self._on_seeds = settings, on_best, on_seeds
         native = model.native
         self._own = native.tiers[-1]
         self._speeds = compute_inv_freq(native.rope_theta, native.rotary_dim) / np.asarray(
@@ -99,6 +108,8 @@ class LadderSearch:
             config = self.member(family)
             jobs = [Job(config, document, blocks, prefix) for document in self.documents]
             mean = float(np.mean([score.mean for score in self.evaluator.scores(jobs)]))
+            if best[0] == np.inf:
+                self._on_seeds({START_NAME: mean})
             if mean < best[0]:
                 best = mean, family
                 self._on_best(mean, "smooth family")

@@ -108,6 +108,10 @@ class SearchOptions:
         """Of the evolution: what was given, else the paper's for the target length."""
         return self.evolution or EvolutionSettings.for_length(self.target_length)
 
+    def at(self, length: int) -> SearchOptions:
+        """The same for another length, whose sizes may be others."""
+        return dataclasses.replace(self, target_length=length)
+
     @property
     def num_search_documents(self) -> int:
         """What was given, else the papers' numbers; for a ladder as many as have their caches kept."""

@@ -117,7 +117,8 @@ class Host:
 
     def _failure(self, error: Exception, what: str) -> Outcome:
         text = f"{type(error).__name__}: {error}"
-        if "CUDA error" in str(error):  # after one, every later call in this process fails too
+        # after a CUDA error every later call in this process fails too; memory may be free in a new one
+        if "CUDA error" in str(error) or type(error).__name__ == "OutOfMemoryError":
             return Outcome(death=text)
         return Outcome(error=as_longrope_error(error, f"worker {self._place} cannot {what}"))
 

@@ -18,6 +18,7 @@ from longrope_export.errors import ConfigError
 from longrope_export.rope import FloatArray, yarn_attention_factor
 from longrope_export.search.evaluator import BudgetSpentError, Difference, Fitness
 from longrope_export.search.family import STARTS, from_coordinates, minimise
+from longrope_export.search.scorer import GRADIENT_COST
 from longrope_export.search.space import SearchSpace, with_start
 
 HOPELESS = 0.15  # nats behind the best on the cheap fitness: such a candidate sees no whole window
@@ -45,6 +46,12 @@ class PracticalSettings:
     gradient_steps: int = 24
     litter: int = 8
     patience: int = 4
+
+    def expected_jobs(self, seeds: int, documents: int, start_windows: int) -> int:
+        """Roughly how many passes there will be: a race sees two documents of each challenger."""
+        challengers = start_windows - 1 + 2 * self.patience * self.litter
+        whole = (seeds + self.family_evaluations) * documents
+        return seeds + whole + self.gradient_steps * GRADIENT_BATCH + 2 * challengers
 
     def __post_init__(self) -> None:
         for name in ("family_evaluations", "gradient_steps"):
@@ -169,8 +176,11 @@ class PracticalSearch:
         point = np.log(np.append(self.space.lambdas(start), start.attention_factor))
         first, second = np.zeros(len(point)), np.zeros(len(point))
         documents = self.fitness.documents
-        proposals = []
+        evaluator, proposals, last = self.fitness.evaluator, [start], start
         for step in range(steps):
+            passes = GRADIENT_BATCH * GRADIENT_COST + len(proposals) * len(documents)
+            if evaluator.tokens_left < passes * self.space.length:
+                break  # what was found has to be raced as well
             batch = [
                 documents[(step * GRADIENT_BATCH + k) % len(documents)]
                 for k in range(GRADIENT_BATCH)
@@ -179,7 +189,7 @@ class PracticalSearch:
                 self.fitness.job(self._tier_at(point, start), d, gradient=True)
                 for d in dict.fromkeys(batch)
             ]
-            scores = self.fitness.evaluator.scores(jobs)
+            scores = evaluator.scores(jobs)
             slope = np.mean([score.gradient for score in scores], axis=0) * weight
             first, second = 0.8 * first + 0.2 * slope, 0.95 * second + 0.05 * slope**2
             unbiased = first / (1 - 0.8 ** (step + 1))
@@ -189,7 +199,8 @@ class PracticalSearch:
             point = point - rate * weight * unbiased / size
             if (step + 1) % max(steps // 4, 1) == 0:
                 proposals.append(self._tier_at(point, start))
-        self._race(proposals, "gradient")
+            last = self._tier_at(point, start)
+        self._race([*proposals, last], "gradient")
 
     def _tier_at(self, point: FloatArray, start: FactorTier) -> FactorTier:
         """The individual at ln(lambda) and ln(attention factor), brought into order and bounds."""

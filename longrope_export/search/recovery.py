@@ -48,10 +48,10 @@ class RecoveryRun(Run):
             length: make_recovery_space(self.model.native, length, options.recover_cap)
             for length in options.recover
         }
-        counts = (options.num_search_documents, *options.documents[1:])
         documents: list[Document] = []
         self._splits: dict[int, tuple[Split, int]] = {}
         for length in options.recover:
+            counts = (options.at(length).num_search_documents, *options.documents[1:])
             split = split_documents(texts.works, length, counts, rng, texts.start)
             self._splits[length] = split, len(documents)
             documents += split.all
@@ -61,8 +61,12 @@ class RecoveryRun(Run):
     def execute(self) -> Outcome:
         """See Run."""
         tiers, results, seeds = [], [], []
-        for length in self.options.recover:
+        ended = []
+        for number, length in enumerate(self.options.recover):
+            left = len(self.options.recover) - number
+            self.searching.allow(self.options.budget, 1 / left)
             tier, result = self._recover(length)
+            ended += [length] * self.searching.is_spent
             tiers.append(tier)
             results.append(result)
             seeds.append(self.seed_losses)
@@ -83,6 +87,7 @@ class RecoveryRun(Run):
                 for row in r["test"]
             ],
             **{name: results[-1][name] for name in ("baseline", "held_out", "documents")},
+            "notes": [f"{length}: its share of the budget ended the search" for length in ended],
         }
         return self._finish(config, {**shown, "recovered": results})
 
@@ -94,7 +99,18 @@ class RecoveryRun(Run):
         seeds = recovery_seeds(space, native)
         template = single_tier(native)
         fitness = Fitness(self.searching, template, indices_of(split, "search", first))
-        # no smooth family here: it interpolates towards longer text
+        sizes = options.at(length).sizes
+        practical = replace(
+            options.practical,
+            family_evaluations=0,  # it interpolates towards longer text
+            gradient_steps=options.practical.gradient_steps if self.has_gradient else 0,
+        )
+        documents = len(fitness.documents)
+        self.searching.expected = self.searching.evaluations + (
+            practical.expected_jobs(len(seeds), documents, len(space.start_tokens))
+            if options.algorithm is Algorithm.PRACTICAL
+            else sizes.individuals * documents
+        )
         finalists = find_finalists(
             options.algorithm,
             space,
@@ -102,12 +118,8 @@ class RecoveryRun(Run):
             fitness,
             None,
             np.random.default_rng([options.seed, length]),
-            evolution=options.sizes,
-            practical=replace(
-                options.practical,
-                family_evaluations=0,
-                gradient_steps=options.practical.gradient_steps if self.has_gradient else 0,
-            ),
+            evolution=sizes,
+            practical=practical,
             on_best=lambda finalist: self._found(finalist.loss, finalist.origin),
             on_seeds=self._seeded,
         )

@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from longrope_export.config import FactorTier, LongRopeConfig
+from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ConfigError
 from longrope_export.ladder import MethodOptions, attention_factor, make_config, parse_ladder
 from longrope_export.search.algorithms import Algorithm, find_finalists
 from longrope_export.search.documents import split_documents
 from longrope_export.search.evaluator import Budget, Fitness, single_tier
 from longrope_export.search.jobs import Document, Span
-from longrope_export.search.judge import better_rule, choose, measure_rules, tabulate
+from longrope_export.search.judge import (
+    RuleRow,
+    better_rule,
+    choose,
+    losses_of,
+    measure_rules,
+    tabulate,
+)
 from longrope_export.search.ladder_search import LadderSearch, LadderSettings
 from longrope_export.search.needles import FEWER, make_needles
 from longrope_export.search.options import CLOSED_FORMS, SEARCHED_ATTENTION, Outcome
@@ -59,17 +66,27 @@ class SearchRun(Run):
         asks = self.options.algorithm is Algorithm.LONGROPE2
         validation = self._needles["validation, one key"] if asks else self.indices("validation")
         configs = {**candidates, **self._forms}
-        chosen = choose(self.judging, configs, validation)
-        baseline = choose(self.judging, self._forms, validation)
-        config, rules = self._with_rule(configs[chosen])
+        # one tier is scored as `sequence` computes long text, and a ladder under `causal`
+        own = SwitchPolicy.SEQUENCE if self._ladder is None else SwitchPolicy.CAUSAL
+        switch, rules = self.options.switch, list[RuleRow]()
+        if switch is None:
+            first = choose(self.judging, self._written(configs, own), validation)
+            rules = self._measure_rules(configs[first])
+            switch = better_rule(rules)
+        written = self._written(configs, switch)
+        chosen = choose(self.judging, written, validation)
+        baseline = choose(self.judging, {name: written[name] for name in self._forms}, validation)
+        config = written[chosen]
         self._say("reporting on test documents")
         shown = {**self._forms, **self._best_seeds(), **self._ablation(chosen, configs[chosen])}
+        if switch is SwitchPolicy.CAUSAL and len(self._forms[baseline].tiers) == 1:
+            shown[f"{baseline}, {switch}"] = written[baseline]
         shown["result"] = config
         result = {
             "chosen": chosen,
             "baseline": baseline,
             "test": self._rows(shown, self.indices("test"), baseline),
-            "validation": self._rows(configs, validation, baseline),
+            "validation": self._rows(written, validation, baseline),
             "rules": [asdict(rule) for rule in rules],
             "held_out": self.held_out,
             "documents": names_of(self.split),
@@ -85,15 +102,20 @@ class SearchRun(Run):
         template = single_tier(self.model.native)
         asks = options.algorithm is Algorithm.LONGROPE2
         documents = self._needles["search, one key"] if asks else self.indices("search")
-        if options.algorithm is not Algorithm.PRACTICAL:
-            sizes = options.sizes
-            children = sizes.iterations * (sizes.mutations + sizes.crossovers)
-            self.searching.expected = (sizes.population + children) * len(documents)
+        if asks:  # the paper's search draws no closed form: they are scored for those who watch
+            losses = losses_of(self.judging, list(self._forms.values()), documents).mean(axis=1)
+            self._seeded(dict(zip(self._forms, losses.tolist(), strict=True)))
         fitness = Fitness(self.searching, template, documents)
         cheap = Fitness(self.searching, template, documents[:1], self._cheap_blocks())
         practical = options.practical
         if not self.has_gradient:
             practical = replace(practical, gradient_steps=0)
+        if options.algorithm is Algorithm.PRACTICAL:
+            windows = len(self._space.start_tokens)
+            expected = practical.expected_jobs(len(self._seeds), len(documents), windows)
+        else:
+            expected = options.sizes.individuals * len(documents)
+        self.searching.expected = expected
         finalists = find_finalists(
             options.algorithm,
             self._space,
@@ -114,7 +136,10 @@ class SearchRun(Run):
     def _search_ladder(self) -> dict[str, LongRopeConfig]:
         assert self._ladder is not None
         documents = self.indices("search")
-        search = LadderSearch(self.model, self.searching, documents, self._ladder, self._found)
+        search = LadderSearch(
+            self.model, self.searching, documents, self._ladder, self._found, self._seeded
+        )
+        self.searching.expected = self._ladder.expected_jobs(len(documents))
         self._say("searching the smooth family")
         family = search.find_family()
         candidates = {"searched family": search.member(family)}
@@ -178,7 +203,9 @@ class SearchRun(Run):
                 f"{name}, attention {space.attention:.3f}": t for name, t in named.items()
             }
         for name in CLOSED_FORMS:
-            seeds[name] = make_config(self.model, name, target).tiers[-1]
+            tier = make_config(self.model, name, target).tiers[-1]
+            within = space.within(tier)
+            seeds[name if within == tier else f"{name}, brought into the bounds"] = within
         for strength in STRENGTHS:
             options = MethodOptions(attention_strength=strength)
             made = make_config(self.model, "yarn", target, options=options)
@@ -194,7 +221,9 @@ class SearchRun(Run):
                 "--warm-start: its log scaling or its choice of layers is not the model's own, and "
                 "a search changes neither"
             )
-        return {"warm start": replace(warm.tiers[-1], max_length=self.options.target_length)}
+        tier = replace(warm.tiers[-1], max_length=self.options.target_length)
+        within = self._space.within(tier)
+        return {"warm start" if within == tier else "warm start, brought into the bounds": within}
 
     # -- what is reported
 
@@ -208,7 +237,7 @@ class SearchRun(Run):
         template = single_tier(self.model.native)
         known = [config.tiers[-1] for config in self._forms.values()]
         ranked = sorted(self.seed_losses, key=lambda name: self.seed_losses[name])
-        others = [name for name in ranked if self._seeds[name] not in known]
+        others = [n for n in ranked if n in self._seeds and self._seeds[n] not in known]
         return {f"seed {name}": template(self._seeds[name]) for name in others[:SHOWN_SEEDS]}
 
     def _notes(self) -> list[str]:
@@ -219,17 +248,25 @@ class SearchRun(Run):
             notes.append("the budget ended the search")
         return notes
 
-    def _with_rule(self, config: LongRopeConfig) -> tuple[LongRopeConfig, list[Any]]:
-        """The model's own tiers in front, and the rule that is better, or that was asked for."""
-        native = self.model.native
-        if len(config.tiers) == 1:
-            config = replace(config, tiers=(*native.tiers, *config.tiers))
-        if self.options.switch is not None:
-            return replace(config, switch=self.options.switch), []
+    def _written(
+        self, configs: Mapping[str, LongRopeConfig], switch: SwitchPolicy
+    ) -> dict[str, LongRopeConfig]:
+        """What would be written of each: the model's own tiers in front of a single one, and a rule."""
+        own = self.model.native.tiers
+        return {
+            name: replace(
+                config,
+                tiers=config.tiers if len(config.tiers) > 1 else (*own, *config.tiers),
+                switch=switch,
+            )
+            for name, config in configs.items()
+        }
+
+    def _measure_rules(self, config: LongRopeConfig) -> list[RuleRow]:
         self._say("measuring both rules")
         needles = self._needles.get("validation", [])
-        rows = measure_rules(self.judging, config, self.indices("validation"), needles)
-        return replace(config, switch=better_rule(rows)), list(rows)
+        written = self._written({"": config}, config.switch)[""]
+        return measure_rules(self.judging, written, self.indices("validation"), needles)
 
     def _ablation(self, name: str, config: LongRopeConfig) -> dict[str, LongRopeConfig]:
         """The chosen single tier without its start tokens: what they are worth (table 11)."""

@@ -233,8 +233,8 @@ def gradient_score(loss: float, slopes: Sequence[float], tokens: int) -> Score:
 def _check_finite(loss: float) -> None:
     if not abs(loss) < float("inf"):
         raise ModelError(
-            f"the loss is {loss}: the model does not compute in this precision; "
-            f"use --dtype float32 or bfloat16, or check the weights"
+            f"the loss is {loss}: the model does not compute in this precision; use --dtype float32 "
+            f"or bfloat16 and another -o (a run keeps its precision), or check the weights"
         )
 
 

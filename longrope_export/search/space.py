@@ -93,6 +93,15 @@ class SearchSpace:
         low, high = self.attention_range
         return min(max(attention, low), high)
 
+    def within(self, tier: FactorTier) -> FactorTier:
+        """An individual of any origin with lambda in order and bounds; itself where it is."""
+        lambdas = self.lambdas(tier)
+        allowed = self.clip(lambdas)
+        if np.allclose(allowed, lambdas, rtol=1e-12, atol=0):
+            return tier
+        attention = tier.attention_factor / self.own_attention
+        return self.tier(allowed, tier.num_start_tokens, attention)
+
     def mutate(self, tier: FactorTier, rng: np.random.Generator, chance: float) -> FactorTier:
         """Each gene is drawn anew with probability `chance`, lambda between its two neighbours.
 
