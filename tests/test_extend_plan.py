@@ -285,8 +285,9 @@ def test_a_dry_run_shows_commands_and_costs_and_writes_nothing(place: Path) -> N
     stages = {stage["name"]: stage for stage in values["stages"]}
     assert stages["finetune"]["training_tokens"] == 10 * 2 * 1024
     assert stages["finetune"]["memory_bytes"] > 16 * values["parameters"]
-    # the budget, and choosing and reporting: 7 configs, 7 shown, both rules twice, three documents
-    assert stages["search-1k"]["forward_tokens"] == 10**6 + (7 + 7 + 4) * 3 * 1024
+    # the budget, and choosing and reporting: 7 configs, 7 shown, both rules twice, the choice once more,
+    # three documents
+    assert stages["search-1k"]["forward_tokens"] == 10**6 + (7 + 7 + 4 + 7) * 3 * 1024
     assert stages["gguf"]["device_hours"] == 0
     assert values["hours"] == values["device_hours"] / 2
     assert not Path("run").exists()

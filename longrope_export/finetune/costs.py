@@ -108,7 +108,8 @@ def search_tokens(values: Mapping[str, Any], length: int, window: int) -> int:
     configs = FINALISTS + len(CLOSED_FORMS)
     judged = (configs * validation + (configs - FINALISTS + SHOWN_SEEDS + 1) * test) * length
     if not values.get("switch"):
-        judged += 2 * 2 * validation * length  # both rules, on documents and on needles
+        # both rules, on documents and on needles, and the choice once more under the other rule
+        judged += (2 * 2 + configs) * validation * length
     if values.get("ladder"):
         found = _ladder_tokens(values, length, window, search or LADDER_DOCUMENTS)
     elif algorithm == "practical":
