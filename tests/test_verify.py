@@ -30,7 +30,7 @@ from longrope_export.models.model import load_model
 from longrope_export.runtimes.hf import HfModel
 from longrope_export.runtimes.onnx import OnnxModel
 from longrope_export.runtimes.onnx_layers import with_layer_outputs
-from longrope_export.runtimes.open import parse_export
+from longrope_export.runtimes.open import Export, parse_export
 from longrope_export.verify.certificate import content_hash, read_certificate
 from longrope_export.verify.compare import (
     Limit,
@@ -46,6 +46,8 @@ from longrope_export.verify.own_weights import use_weights_of
 from longrope_export.verify.plan import checked_borders, make_cases, rows_of
 from longrope_export.verify.reference import Reference
 from longrope_export.verify.report import rich_tables, table_rows
+from longrope_export.verify.rows import ReferenceRows
+from longrope_export.verify.run import verify_export
 
 Folder = Path
 
@@ -150,7 +152,12 @@ def test_the_reference_shares_no_formula() -> None:
     assert imports(package / "models" / "torch_model.py") == {"longrope_export.errors"}
     others = [*package.rglob("*.py"), *(package.parent / "converters").rglob("*.py")]
     users = {p.relative_to(package.parent) for p in others if "verify.reference" in p.read_text()}
-    assert users == {Path("longrope_export/verify/rows.py")}
+    assert users == {
+        Path(
+            "longrope_export/verify/plan.py"
+        ),  # which tier: the reference's choice, not the config's
+        Path("longrope_export/verify/rows.py"),
+    }
 
 
 def imports(path: Path) -> set[str]:
@@ -158,6 +165,28 @@ def imports(path: Path) -> set[str]:
         node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
     )
     return {node.module for node in found if node.module and node.module.startswith("longrope")}
+
+
+@pytest.mark.parametrize("switch", list(SwitchPolicy))
+def test_a_border_off_by_one_in_what_runtimes_and_config_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch: SwitchPolicy
+) -> None:
+    """Verify chooses the tier by itself, under both rules."""
+    source = make_source(tmp_path / "m")
+    config = three_tiers(source, switch=switch)
+    exported = Export("onnxruntime", export(source, config, tmp_path / "onnx"))
+    ids = list(range(3, 203))
+
+    def early(self: LongRopeConfig, length: int) -> int:
+        found = (index for index, tier in enumerate(self.tiers) if length < tier.max_length)
+        return next(found, len(self.tiers) - 1)
+
+    monkeypatch.setattr(LongRopeConfig, "tier_index", early)
+    cases = make_cases(config, 200)
+    reference = ReferenceRows(source, config, ids, cases)
+    result = verify_export(exported, config, ids, cases, reference, threads=1)
+    missed = {case.first_miss for case in result.cases if case.first_miss is not None}
+    assert result.cases and not result.problems and 63 in missed
 
 
 def test_memory_decides_how_long(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
+from longrope_export.verify.reference import tier_of
 
 UBATCH = 512  # llama.cpp's inner batch
 _CALL = 2048  # tokens of a large call
@@ -138,11 +139,9 @@ def _before(border: int, limit: int) -> int:
 
 def rows_of(case: Case, config: LongRopeConfig) -> list[Row]:
     """The compared rows, in the order in which the runtime hands them out."""
-    causal = config.switch is SwitchPolicy.CAUSAL
 
     def row(position: int, length: int) -> Row:
-        tier = config.tier_index(position + 1 if causal else length)
-        return Row(position, tier, case.origin)
+        return Row(position, tier_of(config, position, length), case.origin)
 
     if case.batch:
         return [
@@ -167,8 +166,8 @@ def of_prefixes(case: Case, config: LongRopeConfig) -> Case:
         return case
 
     def kept(end: int, keep: int, length: int) -> int:
-        tier = config.tier_index(length)
-        return sum(config.tier_index(p + 1) == tier for p in range(end - keep, end))
+        tier = tier_of(config, length - 1, length)
+        return sum(tier_of(config, p, p + 1) == tier for p in range(end - keep, end))
 
     appends, end = [], case.origin
     for append in case.appends:
