@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from test_onnx import export, make_source, three_tiers
 from test_onnx_precision import emulated_reference
-from tiny_models import add_bpe_tokenizer, add_sentencepiece
+from tiny_models import add_bpe_tokenizer, add_sentencepiece, make_model
 
 import longrope_export
 from longrope_converters.certificate import embed_certificate
@@ -30,6 +31,7 @@ from longrope_export.models.model import load_model
 from longrope_export.runtimes.hf import HfModel
 from longrope_export.runtimes.onnx import OnnxModel
 from longrope_export.runtimes.onnx_layers import with_layer_outputs
+from longrope_export.runtimes.onnx_sequence import OnnxSequence
 from longrope_export.runtimes.open import Export, parse_export
 from longrope_export.verify.certificate import content_hash, read_certificate
 from longrope_export.verify.compare import (
@@ -438,13 +440,45 @@ def test_check_ignores_nothing(made: Folder, words: tuple[object, ...], said: st
 
 def test_check_runs_the_export(made: Folder) -> None:
     certificate = json.loads((made / "certificate.json").read_text())
-    certificate["probes"][-1]["log_probabilities"][-1][0] -= 0.1
+    certificate["exports"][0]["probe_log_probabilities"][-1][-1][0] -= 0.1
     (made / "moved.json").write_text(json.dumps(certificate))
     result = run(made, "--check", made / "moved.json", "onnx")
-    assert result.exit_code == 1 and "differs from the certificate" in result.output
+    assert result.exit_code == 1 and "here differs from what" in result.output
     del certificate["probes"]
     (made / "moved.json").write_text(json.dumps(certificate))
     assert "cannot be checked" in run(made, "--check", made / "moved.json", "onnx").output
+
+
+def test_check_holds_a_quantized_export_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to the source, from which 4 bits are far away."""
+    settings = {"eos_token_id": 1, "initializer_range": 0.15}  # attention that matters
+    source = make_model(tmp_path / "m", "llama", dtype="float32", **settings)
+    config = three_tiers(source)
+    (tmp_path / "f.json").write_text(json.dumps(to_json(config)))
+    exported = export(source, config, tmp_path / "onnx", precision="int4")
+    certificate = tmp_path / "c.json"
+    options = ("--factors", tmp_path / "f.json", "--length", 100, "-o", certificate)
+    assert run(tmp_path, "m", "onnx", *options).exit_code == 0
+    assert run(tmp_path, "--check", certificate, exported).exit_code == 0
+    outputs = OnnxSequence._outputs
+
+    def wrong_tier(self: OnnxSequence, *rest: Any) -> list[Any]:
+        first, *_, last = self.model.config.tiers
+        tier, self.tier = self.tier, first if self.tier is last else last
+        try:
+            return outputs(self, *rest)
+        finally:
+            self.tier = tier
+
+    def wrong_token(self: OnnxSequence, session: Any, tokens: list[int], *rest: Any) -> list[Any]:
+        return outputs(self, session, [*tokens[:-20], 7, *tokens[-19:]], *rest)
+
+    for wrong in (wrong_tier, wrong_token):
+        monkeypatch.setattr(OnnxSequence, "_outputs", wrong)
+        result = run(tmp_path, "--check", certificate, exported)
+        assert result.exit_code == 1 and "expected at most 0.01" in result.output, result.output
 
 
 def test_a_certificate_in_a_gguf_changes_neither_hash_nor_tensors(

@@ -181,7 +181,8 @@ def _show(certificate: dict[str, Any]) -> None:
 
 def _check(file: Path, paths: tuple[str, ...], threads: int | None, build: bool) -> None:
     from longrope_export.errors import ModelError
-    from longrope_export.verify.certificate import check_export, read_certificate
+    from longrope_export.verify.certificate import read_certificate
+    from longrope_export.verify.check import check_export
 
     for parameter in click.get_current_context().command.params:
         name = parameter.name or ""

@@ -1,4 +1,4 @@
-"""The outcome of `verify` as a JSON file, and the check of an export against one made earlier."""
+"""The outcome of `verify` as a JSON file."""
 
 from __future__ import annotations
 
@@ -13,29 +13,19 @@ import numpy as np
 
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import LongRopeError, ModelError
-from longrope_export.factor_files import from_json, to_json
+from longrope_export.factor_files import to_json
 from longrope_export.gguf_format import MAGIC, PADDING_KEY, read_header
-from longrope_export.runtimes.base import Runtime
-from longrope_export.runtimes.open import Export, open_runtime
 from longrope_export.stamp import stamp
-from longrope_export.verify.compare import (
-    LOGITS_PER_RADIAN,
-    Limit,
-    float32_angle_error,
-    log_softmax,
-)
-from longrope_export.verify.rows import Probe
+from longrope_export.verify.probes import Probe
 from longrope_export.verify.run import CaseResult, ExportResult
 
 FORMAT = "longrope-certificate"
-VERSION = 1
+VERSION = 2
 FILE_NAME = "longrope-certificate.json"  # in a folder that was verified
 GGUF_KEY = "longrope.certificate"
 
-_RUNS_CODE = "transformers-remote"
 _MOST_SHARDS = 65535
 _BLOCK = 1 << 20
-_PROBE_ROUNDING = 1e-5  # of log probabilities that are written with six digits
 
 
 def make_certificate(
@@ -52,7 +42,7 @@ def make_certificate(
         source: the model that the reference ran.
         tokens: ids that were run.
         results: one for each export.
-        probes: what is run again by `check_export`.
+        probes: the short texts that `check_export` runs again.
         seed: of random tokens; None for those of a text.
     """
     return {
@@ -86,6 +76,7 @@ def _export_json(result: ExportResult) -> dict[str, Any]:
         "limit": asdict(result.limit) if result.limit else None,
         "own_limit": asdict(result.own_limit) if result.own_limit else None,
         "reference_weights": result.weights,
+        "probe_log_probabilities": result.probe_rows,
         "cases": [_case_json(case) for case in result.cases],
     }
 
@@ -239,83 +230,3 @@ def without_rows(certificate: Mapping[str, Any]) -> dict[str, Any]:
         for export in certificate["exports"]
     ]
     return {**certificate, "exports": exports}
-
-
-def check_export(
-    certificate: Mapping[str, Any], path: Path, *, threads: int | None = None, build: bool = False
-) -> list[str]:
-    """Is this the export that was certified, and does it still compute the same here?
-
-    Its hash is compared, then the certificate's short text is run on the runtime that was
-    certified, and its likeliest tokens compared.
-
-    Returns:
-        What is wrong; empty where all is well.
-
-    Raises:
-        ModelError: the certificate is damaged.
-    """
-    try:
-        return _check_export(certificate, path, threads, build)
-    except LongRopeError:
-        raise
-    except Exception as error:  # whatever hostile values, or a runtime's own classes, raise
-        raise ModelError(f"the certificate of {path} cannot be checked: {error!r}") from error
-
-
-def _check_export(
-    certificate: Mapping[str, Any], path: Path, threads: int | None, build: bool
-) -> list[str]:
-    found = content_hash(path)
-    entries = [entry for entry in certificate["exports"] if entry["sha256"] == found]
-    passed = [entry for entry in entries if entry["passed"]]
-    if not entries:
-        known = ", ".join(str(entry["path"]) for entry in certificate["exports"])
-        return [f"{path} is none of the certified exports ({known}): its SHA-256 is {found}"]
-    problems = []
-    probes = [Probe(**values) for values in certificate["probes"]]
-    config = from_json(certificate["config"], "certificate")
-    if not passed:
-        names = ", ".join(str(entry["runtime"]) for entry in entries)
-        return [f"{path}: the certificate says that it failed on {names}"]
-    for entry in passed:
-        if entry["runtime_name"] == _RUNS_CODE:
-            raise ModelError(
-                f"{path} was certified on {_RUNS_CODE}, which runs code from its folder: --check "
-                f"does not; verify it against its source model"
-            )
-        runtime = open_runtime(
-            Export(entry["runtime_name"], path),
-            context=max(len(probe.tokens) for probe in probes) + 1,
-            config=config,
-            threads=threads,
-            build=build,
-        )
-        try:
-            for probe in probes:
-                if runtime.info.any_position or not probe.origin:
-                    problems += _check_probe(runtime, probe, Limit(**entry["limit"]))
-        finally:
-            runtime.close()
-    return problems
-
-
-def _check_probe(runtime: Runtime, probe: Probe, limit: Limit) -> list[str]:
-    sequence = runtime.start(declared_length=probe.declared_length, first_position=probe.origin)
-    logits = sequence.append(probe.tokens, keep=len(probe.top_tokens))
-    log_p = log_softmax(logits.astype(np.float64))
-    got = np.take_along_axis(log_p, np.asarray(probe.top_tokens), 1)
-    right = np.asarray(probe.log_probabilities)
-    kl = float((np.exp(right) * (right - got)).sum(1).max())
-    difference = float(np.abs(right - got).max())
-    # of log probabilities, not of logits: both the logit and the sum may be off
-    end = probe.origin + len(probe.tokens)
-    angle = float(float32_angle_error([end])[0]) if runtime.info.float32_angles else 0.0
-    if kl <= limit.kl + angle**2 + _PROBE_ROUNDING and (
-        limit.difference is None or difference <= 2 * (limit.difference + LOGITS_PER_RADIAN * angle)
-    ):
-        return []
-    return [
-        f"{runtime.info.path}: {runtime.info.name} here differs from the certificate: log "
-        f"probabilities by up to {difference:.2g}, KL {kl:.2g} (limit {limit.kl:.2g})"
-    ]

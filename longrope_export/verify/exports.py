@@ -15,6 +15,7 @@ from longrope_export.verify.certificate import make_certificate
 from longrope_export.verify.compare import Limit
 from longrope_export.verify.memory import available_bytes, count_parameters, longest_length
 from longrope_export.verify.plan import Case, make_cases
+from longrope_export.verify.probes import make_probes
 from longrope_export.verify.rows import ReferenceRows, Say
 from longrope_export.verify.run import ExportResult, verify_export
 from longrope_export.verify.tokens import make_tokens
@@ -97,6 +98,7 @@ def verify_exports(
         an export is in its result.
     """
     p = prepared
+    probes = make_probes(p.reference, p.cases, p.config, p.tokens)
     results = [
         verify_export(
             export,
@@ -104,6 +106,7 @@ def verify_exports(
             p.tokens,
             p.cases,
             p.reference,
+            probes=probes,
             limits=limits,
             text=p.text,
             threads=threads,
@@ -112,7 +115,6 @@ def verify_exports(
         )
         for export in exports
     ]
-    probes = p.reference.probes(p.cases, p.config, p.tokens)
     seed = p.seed if p.text is None else None
     made = make_certificate(p.model.path, p.config, p.tokens, results, probes, seed)
     return made, results

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
-from longrope_export.verify.compare import log_softmax
 from longrope_export.verify.layers import MOST_TOKENS, Hidden
 from longrope_export.verify.own_weights import use_weights_of
 from longrope_export.verify.plan import Case, Row, rows_of
 from longrope_export.verify.reference import Reference
 
-_PROBE_ROWS, _PROBE_TOP = 8, 32
-
 Say = Callable[[str, float], None]  # (what is being done, share that is done, 0 to 1)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the reference says at the end of a short text.
-
-    Attributes:
-        tokens: the text.
-        origin: position of its first token.
-        declared_length: to be told to the runtime, see Case.
-        top_tokens: (rows, top) the likeliest tokens behind each of the last tokens.
-        log_probabilities: (rows, top) of those.
-    """
-
-    tokens: list[int]
-    origin: int
-    declared_length: int | None
-    top_tokens: list[list[int]]
-    log_probabilities: list[list[float]]
 
 
 class ReferenceRows:
@@ -122,26 +99,6 @@ class ReferenceRows:
     def forget_model(self) -> None:
         """Give back its memory; rows and outputs of layers stay."""
         self._again = None
-
-    def probes(
-        self, cases: Sequence[Case], config: LongRopeConfig, tokens: Sequence[int]
-    ) -> list[Probe]:
-        """Short texts for a rerun without the source model: the beginning, and the last tier."""
-        far = [case for case in cases if case.origin and len(case.appends) == 1]
-        return [self._probe(case, config, tokens) for case in (cases[0], *far[-1:])]
-
-    def _probe(self, case: Case, config: LongRopeConfig, tokens: Sequence[int]) -> Probe:
-        first = case.appends[0]  # the rows of one call lie side by side
-        rows = rows_of(case, config)[: first.keep][-_PROBE_ROWS:]
-        log_p = log_softmax(self.of(rows).astype(np.float64))
-        top = np.argsort(-log_p, axis=1)[:, :_PROBE_TOP]
-        return Probe(
-            tokens=list(tokens[: rows[-1].position - case.origin + 1]),
-            origin=case.origin,
-            declared_length=case.declared_length,
-            top_tokens=top.tolist(),
-            log_probabilities=np.take_along_axis(log_p, top, 1).round(6).tolist(),
-        )
 
     @property
     def vocabulary(self) -> int:

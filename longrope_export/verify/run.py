@@ -12,7 +12,7 @@ import numpy as np
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import LongRopeError, ModelError, UnsupportedError
 from longrope_export.runtimes.base import Runtime, RuntimeInfo
-from longrope_export.runtimes.open import Export, open_runtime
+from longrope_export.runtimes.open import RUNS_CODE, Export, open_runtime
 from longrope_export.verify.compare import (
     Difference,
     Limit,
@@ -24,6 +24,7 @@ from longrope_export.verify.compare import (
 )
 from longrope_export.verify.layers import first_departure, layer_limit, layer_outputs_of
 from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
+from longrope_export.verify.probes import Probe, TopRows, top_log_probabilities
 from longrope_export.verify.rows import ReferenceRows, Say
 
 # runtimes whose quantized exports can be unpacked for the reference
@@ -66,6 +67,8 @@ class ExportResult:
         weights: of the reference that the cases' differences are from, in a few words.
         problems: what was wrong apart from the numbers: a config or a tokenizer that differs, an
             error of the runtime. Empty for a good export.
+        probe_rows: for each probe, see top_log_probabilities. Empty where `--check` cannot run the
+            export, and where it did not pass.
     """
 
     export: Export
@@ -75,6 +78,7 @@ class ExportResult:
     problems: list[str] = field(default_factory=list)
     own_limit: Limit | None = None
     weights: str = "the source's"
+    probe_rows: list[TopRows | None] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -101,6 +105,7 @@ def verify_export(
     cases: Sequence[Case],
     reference: ReferenceRows,
     *,
+    probes: Sequence[Probe] = (),
     limits: dict[str, Limit] | None = None,
     text: str | None = None,
     threads: int | None = None,
@@ -110,6 +115,7 @@ def verify_export(
     """Run every case on an export. Errors of the runtime become problems of the result.
 
     Args:
+        probes: run at the end if all is well; the result holds what the runtime said.
         limits: by precision, before the standard ones.
         text: if given, the export's tokenizer must give `tokens` for its beginning.
         threads: of the runtime.
@@ -163,6 +169,8 @@ def verify_export(
         for number, index in enumerate(missed):
             say(f"{runtime.info.name}: the layer of a miss", number / len(missed))
             result.cases[index] = _with_layer(runtime, result.cases[index], tokens, standards[0])
+        if result.passed and runtime.info.log_probabilities is None and export.runtime != RUNS_CODE:
+            result.probe_rows.extend(top_log_probabilities(runtime, probe) for probe in probes)
         say(runtime.info.name, 1.0)
     except Exception as error:  # whatever a runtime raises, the others go on
         result.problems.append(_describe(error))
