@@ -28,7 +28,8 @@ from longrope_export.errors import ConfigError, ModelError, UnsupportedError
 from longrope_export.factor_files import to_json
 from longrope_export.gguf_format import read_header
 from longrope_export.models.model import load_model
-from longrope_export.runtimes.hf import HfModel
+from longrope_export.runtimes.genai import GenaiModel
+from longrope_export.runtimes.hf import Flavour, HfModel
 from longrope_export.runtimes.onnx import OnnxModel
 from longrope_export.runtimes.onnx_layers import with_layer_outputs
 from longrope_export.runtimes.onnx_sequence import OnnxSequence
@@ -125,6 +126,18 @@ def test_float32_angles_are_off_by_more_far_away() -> None:
     limit = Limit(1e-3, 1e-6, 1e-7)
     assert found.misses(limit).tolist() == [True, True, True]
     assert found.misses(limit, errors).tolist() == [True, True, False]
+
+
+def test_who_multiplies_positions_in_float32(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "m")
+    assert HfModel(source, flavour=Flavour.STOCK).info.float32_angles
+    assert not HfModel(source, config=three_tiers(source)).info.float32_angles
+    folder = export(source, None, tmp_path / "onnx")
+    assert not GenaiModel(folder, threads=1).info.float32_angles
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    del model.metadata_props[:]  # as another builder's
+    onnx.save(model, folder / "model.onnx")
+    assert GenaiModel(folder, threads=1).info.float32_angles
 
 
 def test_limits_by_precision() -> None:

@@ -51,6 +51,7 @@ class GenaiModel:
             precision=precision,
             switching="once, by max_length" if self.config else "by the folder's own graph",
             any_position=False,
+            float32_angles=self.config is None,  # ours have float64 tables in the graph
         )
         try:
             settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))

@@ -27,7 +27,8 @@ class ReferenceRows:
         own_weights: an export whose quantized weights, unpacked, take the place of the source's.
 
     Attributes:
-        problems: of those: what is no rounding of the source's.
+        path: the source model.
+        problems: of own_weights: what is no rounding of the source's.
 
     Raises:
         UnsupportedError: own_weights cannot be unpacked into the model.
@@ -44,7 +45,7 @@ class ReferenceRows:
         own_weights: Path | None = None,
     ) -> None:
         wanted = {row for case in cases for row in rows_of(case, config)}
-        self._path, self._config, self._tokens, self._say = path, config, tokens, say
+        self.path, self._config, self._tokens, self._say = path, config, tokens, say
         self._causal = causal = config.switch is SwitchPolicy.CAUSAL
         self._own_weights = own_weights
         self.problems: list[str] = []
@@ -68,14 +69,14 @@ class ReferenceRows:
 
     def _load(self) -> Reference:
         name = "reference" if self._own_weights is None else "reference on unpacked weights"
-        reference = Reference(self._path, self._config, lambda share: self._say(name, share))
+        reference = Reference(self.path, self._config, lambda share: self._say(name, share))
         if self._own_weights is not None:
             self.problems = use_weights_of(reference.model, self._own_weights)
         return reference
 
     def on_weights_of(self, export: Path, cases: Sequence[Case]) -> ReferenceRows:
         """The same on a quantized export's own weights; raises as the constructor does."""
-        return ReferenceRows(self._path, self._config, self._tokens, cases, self._say, export)
+        return ReferenceRows(self.path, self._config, self._tokens, cases, self._say, export)
 
     def _length_of(self, tier: int | None) -> int | None:
         return None if tier is None else self._config.tiers[tier].max_length

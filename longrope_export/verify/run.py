@@ -26,6 +26,7 @@ from longrope_export.verify.layers import first_departure, layer_limit, layer_ou
 from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
 from longrope_export.verify.probes import Probe, TopRows, top_log_probabilities
 from longrope_export.verify.rows import ReferenceRows, Say
+from longrope_export.verify.stored import as_stored
 
 # runtimes whose quantized exports can be unpacked for the reference
 UNPACKED = ("llama.cpp", "llama.cpp-stock", "onnxruntime", "genai")
@@ -60,7 +61,8 @@ class ExportResult:
     """One export.
 
     Attributes:
-        info: None if it could not be loaded.
+        info: None if it could not be loaded. For transformers' runtimes with the precision that the
+            weights were rounded to, see as_stored.
         limit: of the difference from the reference on the source's weights.
         own_limit: of that from the reference on the export's own weights, unpacked; None where
             there is no such comparison.
@@ -137,12 +139,15 @@ def verify_export(
         return result
     standards: list[_Standard] = []
     try:
-        limit = limit_for(runtime.info.precision, limits)
-        result = ExportResult(export, runtime.info, limit)
-        cases = [case for case in cases if runtime.info.any_position or not case.origin]
-        if runtime.info.log_probabilities is not None:
+        info = runtime.info
+        if export.runtime.startswith("transformers"):
+            info = as_stored(info, reference.path)
+        limit = limit_for(info.precision, limits)
+        result = ExportResult(export, info, limit)
+        cases = [case for case in cases if info.any_position or not case.origin]
+        if info.log_probabilities is not None:
             cases = [of_prefixes(case, config) for case in cases]
-        _check_room(runtime.info, max(case.num_tokens for case in cases))
+        _check_room(info, max(case.num_tokens for case in cases))
         if runtime.config is not None:
             result.problems.extend(config_differences(config, runtime.config))
         elif export.runtime == "transformers":
@@ -151,8 +156,8 @@ def verify_export(
             )
         if text is not None:
             result.problems.extend(_tokenizer_differences(list(tokens), runtime.tokenize(text)))
-        standards = [_Standard(reference, limit, layer_limit(runtime.info.precision))]
-        if export.runtime in UNPACKED and is_quantized(runtime.info.precision):
+        standards = [_Standard(reference, limit, layer_limit(info.precision))]
+        if export.runtime in UNPACKED and is_quantized(info.precision):
             try:
                 own = reference.on_weights_of(Path(export.path), cases)
             except UnsupportedError as error:
@@ -163,15 +168,15 @@ def verify_export(
                 standards.insert(0, _Standard(own, own_limit, layer_limit("unpacked")))
                 result = replace(result, own_limit=own_limit, weights="the export's own, unpacked")
         for number, case in enumerate(cases):
-            say(f"{runtime.info.name}: {case.name}", number / len(cases))
+            say(f"{info.name}: {case.name}", number / len(cases))
             result.cases.append(_run_case(runtime, case, config, tokens, standards))
         missed = [i for i, case_ in enumerate(result.cases) if case_.first_miss is not None]
         for number, index in enumerate(missed):
-            say(f"{runtime.info.name}: the layer of a miss", number / len(missed))
+            say(f"{info.name}: the layer of a miss", number / len(missed))
             result.cases[index] = _with_layer(runtime, result.cases[index], tokens, standards[0])
-        if result.passed and runtime.info.log_probabilities is None and export.runtime != RUNS_CODE:
+        if result.passed and info.log_probabilities is None and export.runtime != RUNS_CODE:
             result.probe_rows.extend(top_log_probabilities(runtime, probe) for probe in probes)
-        say(runtime.info.name, 1.0)
+        say(info.name, 1.0)
     except Exception as error:  # whatever a runtime raises, the others go on
         result.problems.append(_describe(error))
     finally:
