@@ -30,6 +30,7 @@ from longrope_export.gguf_format import read_header
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.genai import GenaiModel
 from longrope_export.runtimes.hf import Flavour, HfModel
+from longrope_export.runtimes.llama_cpp import weight_precision
 from longrope_export.runtimes.onnx import OnnxModel
 from longrope_export.runtimes.onnx_layers import with_layer_outputs
 from longrope_export.runtimes.onnx_sequence import OnnxSequence
@@ -40,6 +41,7 @@ from longrope_export.verify.compare import (
     compare,
     float32_angle_error,
     is_precision,
+    is_quantized,
     limit_for,
 )
 from longrope_export.verify.exports import check_length
@@ -143,8 +145,11 @@ def test_who_multiplies_positions_in_float32(tmp_path: Path) -> None:
 def test_limits_by_precision() -> None:
     assert limit_for("q4_k") == limit_for("int4") != limit_for("q8_0")
     assert limit_for("q4_k", {"q4_k": Limit(None, 9, 9)}).kl == 9
-    with pytest.raises(ConfigError, match="--limit tq1_0="):
-        limit_for("tq1_0")
+    assert limit_for("mxfp4") == limit_for("nvfp4") == limit_for("4-bit")
+    for name in ("q2_k", "q3_k", "iq1_s", "iq2_xxs", "iq3_s", "tq1_0", "tq2_0", "q1_0"):
+        assert limit_for(name) == limit_for("2-bit") != limit_for("4-bit")
+    with pytest.raises(ConfigError, match="--limit unknown="):
+        limit_for("unknown")
 
 
 def test_every_precision_of_a_runtime_may_have_a_limit() -> None:
@@ -154,6 +159,10 @@ def test_every_precision_of_a_runtime_may_have_a_limit() -> None:
     types = {{"f32": "fp32", "f16": "fp16"}.get(name, name) for name in types}
     assert all(map(is_precision, {*types, "int8", "int4", "4-bit", "unknown", "unpacked"}))
     assert not any(map(is_precision, ("", "fp23", "q4", "FP32")))
+    plain = {"fp32", "fp16", "bf16", "f64"}
+    assert {name for name in types if not is_quantized(name)} == plain
+    for name in types - plain - {"q8_1", "q8_k"}:  # those two are only for activations
+        assert limit_for(name)
 
 
 def test_the_reference_shares_no_formula() -> None:
@@ -339,6 +348,27 @@ def test_gguf_weights_are_unpacked_in_their_places(tmp_path: Path, family: str) 
             distance = float((weight - before[name]).norm() / before[name].norm())
             assert (distance == 0) == name.endswith("norm.weight"), name
             assert distance < far, name
+
+
+@pytest.mark.parametrize("outtype", ["q2_k", "q3_k_m", "iq3_s"])
+def test_rows_of_two_and_three_bits_are_known_for_what_they_are(
+    tmp_path: Path, outtype: str
+) -> None:
+    settings = {"eos_token_id": 1, "hidden_size": 256, "intermediate_size": 256}
+    source = make_model(tmp_path / "m", "llama", dtype="float32", **settings)
+    add_bpe_tokenizer(source)
+    path = tmp_path / "m.gguf"
+    converter = GgufConverter(GgufOptions(outtype=outtype, pre="gpt-2"))
+    converter.convert(load_model(source), None, path, lambda _: None)
+    assert is_quantized(weight_precision(read_header(path)))
+    model = Reference(source, three_tiers(source)).model
+    assert use_weights_of(model, path) == []
+    norm = model.model.layers[1].mlp.down_proj.weight.norm()
+    with torch.no_grad():  # another source: its rows are not rounded, they are others
+        source_model = Reference(source, three_tiers(source)).model
+        source_model.model.layers[1].mlp.down_proj.weight[5] = float(norm)
+    (problem,) = use_weights_of(source_model, path)
+    assert problem.startswith("blk.1.ffn_down.weight: 1 of 256 rows")
 
 
 def test_weights_that_have_no_place_are_refused(tmp_path: Path) -> None:

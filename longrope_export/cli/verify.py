@@ -56,7 +56,7 @@ _MISSED = 1
     "limits",
     multiple=True,
     metavar="PRECISION=KL:MEAN_KL[:DIFFERENCE]",
-    help="What a precision may differ by, as q4_k=0.5:0.1; repeat it.",
+    help="What a precision may differ by, as 4-bit=0.5:0.1; repeat it.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of the runtimes.")
 @click.option("--build", is_flag=True, help="Build llama.cpp first where it is missing.")
@@ -235,7 +235,7 @@ def _parse_limit(text: str) -> tuple[str, Limit]:
             raise ValueError("more than three numbers")
     except ValueError as error:
         raise ConfigError(
-            f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as q4_k=0.5:0.1"
+            f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as 4-bit=0.5:0.1"
         ) from error
     if not is_precision(precision):
         raise ConfigError(

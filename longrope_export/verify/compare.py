@@ -39,6 +39,7 @@ LIMITS: dict[str, Limit] = {
     "q8_0": Limit(None, 0.1, 0.03),
     "int8": Limit(None, 0.1, 0.03),
     "4-bit": Limit(None, 5.0, 1.5),
+    "2-bit": Limit(None, 9.0, 1.8),
     # quantized, from a reference on the export's own weights: activations in blocks of 8 bits
     "unpacked": Limit(None, 0.2, 0.02),
 }
@@ -48,7 +49,13 @@ _SMALLEST = -80.0  # below it a probability in float32 loses its digits
 _ROUNDING = 1e-3  # of a sum of float32 probabilities; llama-server's, of 49152 tokens, was 1.0002
 _BLOCK = 64  # rows
 LOGITS_PER_RADIAN = 10.0  # SmolLM2-135M at 32768: 5.6
-_BITS = {"q4": "4-bit", "int4": "4-bit", "iq4": "4-bit", "q5": "4-bit", "q6": "q8_0", "q8": "q8_0"}
+# by how names of quantized types begin
+_BITS = {
+    **dict.fromkeys(("q6", "q8"), "q8_0"),
+    **dict.fromkeys(("q4", "q5", "iq4", "int4", "mxfp4", "nvfp4"), "4-bit"),
+    **dict.fromkeys(("q1", "q2", "q3", "iq1", "iq2", "iq3", "tq"), "2-bit"),  # 3 bits and fewer
+}
+_NOT_QUANTIZED = ("fp32", "fp16", "bf16", "f64", "unknown")
 
 
 def limit_for(precision: str, given: dict[str, Limit] | None = None) -> Limit:
@@ -73,8 +80,8 @@ def is_precision(name: str) -> bool:
 
 
 def is_quantized(precision: str) -> bool:
-    """Whether the weights are rounded to blocks of few bits, as llama.cpp and ONNX names say."""
-    return precision == "int8" or any(precision.startswith(prefix) for prefix in _BITS)
+    """Whether the weights are rounded to blocks of few bits; so is every type not known here."""
+    return precision not in _NOT_QUANTIZED
 
 
 @dataclass(frozen=True)
