@@ -35,7 +35,7 @@ class Limit:
 LIMITS: dict[str, Limit] = {
     "fp32": Limit(1e-3, 1e-6, 1e-7),
     "fp16": Limit(0.3, 1e-3, 3e-4),
-    "bf16": Limit(2.0, 5e-2, 1e-2),
+    "bf16": Limit(1.1, 6e-3, 7e-4),
     "q8_0": Limit(None, 0.1, 0.03),
     "int8": Limit(None, 0.1, 0.03),
     "4-bit": Limit(None, 5.0, 1.5),

@@ -249,7 +249,7 @@ def quantized(root: Path, llama: Toy) -> Callable[[str, LongRopeConfig, str], Ex
     return make
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "int4"])
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "int4", "q8_0", "int8", "f16", "bf16"])
 def test_a_wrong_definition_in_a_quantized_export(
     llama: Toy,
     truth: Callable[[str], ReferenceRows],
@@ -259,7 +259,11 @@ def test_a_wrong_definition_in_a_quantized_export(
     right = llama.config("causal")
     sound = verify(quantized(kind, right, "sound"), right, truth("causal"))
     assert sound.passed, (sound.problems, first_misses(sound))
-    assert sound.weights == "the export's own, unpacked" and sound.own_limit == LIMITS["unpacked"]
+    if kind in ("f16", "bf16"):
+        assert sound.own_limit is None
+    else:
+        assert sound.weights == "the export's own, unpacked"
+        assert sound.own_limit == LIMITS["unpacked"]
     for fault, latest in (  # where it has grown beyond what 8 bits of the activations cost
         (off_by_one_pair, 70),
         (no_attention_factor, LENGTH),
@@ -271,6 +275,7 @@ def test_a_wrong_definition_in_a_quantized_export(
         missed = first_misses(result)["one prefill"]
         assert missed is not None and missed <= latest, fault.__name__
         assert 0 in first_layers(result), fault.__name__
+        assert result.problems, fault.__name__  # the definition in the file says so as well
 
 
 def test_weights_of_a_quantized_export_that_are_not_the_sources(
