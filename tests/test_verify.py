@@ -28,6 +28,7 @@ from longrope_export.errors import ConfigError, ModelError, UnsupportedError
 from longrope_export.factor_files import to_json
 from longrope_export.gguf_format import read_header
 from longrope_export.models.model import load_model
+from longrope_export.runtimes.base import RuntimeInfo
 from longrope_export.runtimes.genai import GenaiModel
 from longrope_export.runtimes.hf import Flavour, HfModel
 from longrope_export.runtimes.llama_cpp import weight_precision
@@ -48,7 +49,7 @@ from longrope_export.verify.exports import check_length
 from longrope_export.verify.layers import first_departure
 from longrope_export.verify.memory import longest_length
 from longrope_export.verify.own_weights import use_weights_of
-from longrope_export.verify.plan import checked_borders, make_cases, rows_of
+from longrope_export.verify.plan import Append, cases_for, checked_borders, make_cases, rows_of
 from longrope_export.verify.reference import Reference
 from longrope_export.verify.report import rich_tables, table_rows
 from longrope_export.verify.rows import ReferenceRows
@@ -72,6 +73,54 @@ def test_the_plan_looks_on_both_sides_of_every_border(switch: str) -> None:
         assert tier in below and tier + 1 in above
     assert max(row.position for row in rows) == 131071
     assert max(case.num_tokens for case in make_cases(config, 600)) == 600
+
+
+@pytest.mark.parametrize("switch", ["causal", "sequence"])
+def test_rows_stand_on_both_sides_of_inner_borders_and_start_windows(switch: str) -> None:
+    """Of a text too long for all of its rows to be compared; such borders count from each call."""
+    config = config_of(8192, 16384, 32768, switch=switch)
+    windows = (4, 8, 16)
+    tiers = zip(config.tiers, windows, strict=True)
+    config = replace(
+        config, tiers=tuple(replace(tier, num_start_tokens=window) for tier, window in tiers)
+    )
+    prefill, chunks = (
+        next(case for case in make_cases(config, 4096) if case.name.startswith(name))
+        for name in ("one prefill", "chunks of")
+    )
+    for case, inner in ((prefill, 512), (chunks, chunks.chunk_size)):
+        compared = {row.position for row in rows_of(case, config)}
+        assert len(compared) < 200
+        borders, begin = [], 0
+        for append in case.appends:
+            borders += range(begin + inner, begin + append.count, inner)
+            begin += append.count
+        found = [b for b in borders if {b - 1, b} <= compared]
+        assert found and set(range(found[0] - 4, found[0] + 4)) <= compared
+        assert all({window - 1, window} <= compared for window in windows)
+
+
+def test_cases_are_named_for_what_a_runtime_makes_of_them() -> None:
+    info = RuntimeInfo("", "", "", "fp32", "")
+    for switch in ("causal", "sequence"):
+        config = config_of(64, 128, switch=switch)
+        cases = make_cases(config, 100)
+        assert cases_for(info, cases, config) == cases
+        found = cases_for(replace(info, batches=False), cases, config)
+        assert [case for case in found if not case.batch] == [c for c in cases if not c.batch]
+        assert [c.name for c in found if c.batch] == ["two lengths, one after the other"]
+        limited = replace(info, batches=False, rows_apart=True, any_position=False)
+        whole, *found = cases_for(limited, cases, config)
+        name = "one prefill" if switch == "causal" else "one prefill of 100"
+        assert whole.name == f"{name}, the last row alone" and whole.appends == (Append(100, 1),)
+        assert not any(case.origin for case in found)
+        assert set(rows_of(whole, config)) <= {r for c in cases for r in rows_of(c, config)}
+        names = [case.name for case in found]
+        assert names[0].endswith(", rows token by token")
+        assert names[-2:] == [
+            "one by one over borders",
+            "two lengths, one after the other, rows token by token",
+        ]
 
 
 def test_under_sequence_the_final_length_picks_the_tier_of_all_rows() -> None:
@@ -266,7 +315,7 @@ def test_what_the_command_writes(made: Folder) -> None:
         "one prefill",
         "chunks of 84",
         "one by one over borders",
-        "batch of two lengths",
+        "two lengths, one after the other",
     ]
     assert sum(name.startswith("from position") for name in names) == 5
     assert all(case["mean_difference"] < case["max_difference"] < 2e-4 for case in found["cases"])

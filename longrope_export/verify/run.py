@@ -23,7 +23,7 @@ from longrope_export.verify.compare import (
     limit_for,
 )
 from longrope_export.verify.layers import first_departure, layer_limit, layer_outputs_of
-from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
+from longrope_export.verify.plan import Case, Row, cases_for, rows_of
 from longrope_export.verify.probes import Probe, TopRows, top_log_probabilities
 from longrope_export.verify.rows import ReferenceRows, Say
 from longrope_export.verify.stored import as_stored
@@ -144,9 +144,7 @@ def verify_export(
             info = as_stored(info, reference.path)
         limit = limit_for(info.precision, limits)
         result = ExportResult(export, info, limit)
-        cases = [case for case in cases if info.any_position or not case.origin]
-        if info.log_probabilities is not None:
-            cases = [of_prefixes(case, config) for case in cases]
+        cases = cases_for(info, cases, config)
         _check_room(info, max(case.num_tokens for case in cases))
         if runtime.config is not None:
             result.problems.extend(config_differences(config, runtime.config))
