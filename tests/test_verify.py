@@ -441,8 +441,14 @@ def test_the_table_of_a_quantized_export(made: Folder, tmp_path: Path) -> None:
         assert case["max_kl"] < case["from_source"]["max_kl"] / 2
     assert "| all, from the source's weights |" in card.read_text()
     assert "reference ran on weights: the export's own, unpacked." in card.read_text()
+    assert "was not used" not in result.output
     result = run(made, "m", tmp_path / "int4", *options, "--limit", "unpacked=1e-9:1e-9")
-    assert result.exit_code == 1
+    assert result.exit_code == 1 and "was not used" not in result.output
+    words = ("--limit", "q4_k=1e-9:1e-9", "--limit", "4-bit=9:9")
+    result = run(made, "m", tmp_path / "int4", *options, *words)
+    assert result.exit_code == 0
+    assert "--limit q4_k was not used: the exports reported int4" in result.output
+    assert "--limit 4-bit" not in result.output
 
 
 def test_a_graph_of_others_tells_no_layers(made: Folder, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def command(
     from longrope_export.models.model import find_model, load_model
     from longrope_export.outputs import write_text
     from longrope_export.runtimes.open import parse_export
-    from longrope_export.verify.exports import check_length, prepare, verify_exports
+    from longrope_export.verify.exports import check_length, prepare, unused_limits, verify_exports
     from longrope_export.verify.report import check_plot, save_plot
     from longrope_export.verify.report import markdown as as_markdown
 
@@ -144,6 +144,12 @@ def command(
         print_json(certificate)
     else:
         _show(certificate)
+    for name in unused_limits(parsed_limits, results):
+        found = sorted({result.info.precision for result in results if result.info})
+        say(
+            f"warning: --limit {name} was not used: the exports reported "
+            f"{', '.join(found) or 'no precision'}"
+        )
     if embed:
         from longrope_converters.certificate import embed_certificate
 
@@ -240,6 +246,6 @@ def _parse_limit(text: str) -> tuple[str, Limit]:
     if not is_precision(precision):
         raise ConfigError(
             f"--limit {text}: no runtime reports the precision {precision}: expected "
-            f"{', '.join(LIMITS)}, unknown, or a type of llama.cpp, as q4_k"
+            f"{', '.join(LIMITS)}, unknown, or a type of ggml, as q4_k"
         )
     return precision, Limit(difference, kl, mean_kl)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -29,6 +29,8 @@ class Limit:
     mean_kl: float
 
 
+UNPACKED_LIMIT = "unpacked"  # for a reference on the export's own weights
+
 # fp32: the accumulated rounding of float32 with room for other orders of summation. The others: about
 # three times what was measured on SmolLM2-135M with right exports, see docs/parity.md. A fault that
 # moves the logits by less than rounding does stays unseen there: verify in fp32 first.
@@ -40,8 +42,7 @@ LIMITS: dict[str, Limit] = {
     "int8": Limit(None, 0.1, 0.03),
     "4-bit": Limit(None, 5.0, 1.5),
     "2-bit": Limit(None, 9.0, 1.8),
-    # quantized, from a reference on the export's own weights: activations in blocks of 8 bits
-    "unpacked": Limit(None, 0.2, 0.02),
+    UNPACKED_LIMIT: Limit(None, 0.2, 0.02),  # activations in blocks of 8 bits
 }
 # beside those in LIMITS: ggml's types, llama.cpp's file types, ours of ONNX, a server that does not say
 _REPORTED = re.compile(r"(i?q|tq)\d_\w+|mxfp4(_moe)?|nvfp4|int4|f64|unknown")
@@ -65,10 +66,19 @@ def limit_for(precision: str, given: dict[str, Limit] | None = None) -> Limit:
         ConfigError: nothing is known about it.
     """
     known = {**LIMITS, **(given or {})}
+    return known[limit_name(precision, known)]
+
+
+def limit_name(precision: str, known: Container[str]) -> str:
+    """Under which name in `known` the limit of a precision stands: its own, or its family's.
+
+    Raises:
+        ConfigError: under none.
+    """
     family = next((name for prefix, name in _BITS.items() if precision.startswith(prefix)), "")
     for name in (precision, family):
         if name in known:
-            return known[name]
+            return name
     raise ConfigError(
         f"no limits are known for {precision}: give them, as --limit {precision}=KL:MEAN_KL"
     )

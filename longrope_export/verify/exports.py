@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.model import Model
 from longrope_export.runtimes.open import Export
 from longrope_export.verify.certificate import make_certificate
-from longrope_export.verify.compare import Limit
+from longrope_export.verify.compare import LIMITS, UNPACKED_LIMIT, Limit, limit_name
 from longrope_export.verify.memory import available_bytes, count_parameters, longest_length
 from longrope_export.verify.plan import Case, make_cases
 from longrope_export.verify.probes import make_probes
@@ -118,6 +118,19 @@ def verify_exports(
     seed = p.seed if p.text is None else None
     made = make_certificate(p.model.path, p.config, p.tokens, results, probes, seed)
     return made, results
+
+
+def unused_limits(limits: Mapping[str, Limit], results: Sequence[ExportResult]) -> list[str]:
+    """The names of given limits that no export was held to."""
+    known = {**LIMITS, **limits}
+    used = {
+        limit_name(result.info.precision, known)
+        for result in results
+        if result.limit and result.info
+    }
+    if any(result.own_limit for result in results):
+        used.add(UNPACKED_LIMIT)
+    return [name for name in limits if name not in used]
 
 
 def check_length(model: Model, config: LongRopeConfig, wanted: int | None) -> int:

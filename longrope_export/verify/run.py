@@ -14,6 +14,7 @@ from longrope_export.errors import LongRopeError, ModelError, UnsupportedError
 from longrope_export.runtimes.base import Runtime, RuntimeInfo
 from longrope_export.runtimes.open import RUNS_CODE, Export, open_runtime
 from longrope_export.verify.compare import (
+    UNPACKED_LIMIT,
     Difference,
     Limit,
     compare,
@@ -162,8 +163,8 @@ def verify_export(
                 result = replace(result, weights=f"the source's ({error})")
             else:
                 result.problems.extend(own.problems)
-                own_limit = limit_for("unpacked", limits)
-                standards.insert(0, _Standard(own, own_limit, layer_limit("unpacked")))
+                own_limit = limit_for(UNPACKED_LIMIT, limits)
+                standards.insert(0, _Standard(own, own_limit, layer_limit(UNPACKED_LIMIT)))
                 result = replace(result, own_limit=own_limit, weights="the export's own, unpacked")
         for number, case in enumerate(cases):
             say(f"{info.name}: {case.name}", number / len(cases))
