@@ -224,7 +224,8 @@ def test_the_reference_shares_no_formula() -> None:
     }
     assert imports(package / "models" / "torch_model.py") == {"longrope_export.errors"}
     others = [*package.rglob("*.py"), *(package.parent / "converters").rglob("*.py")]
-    users = {p.relative_to(package.parent) for p in others if "verify.reference" in p.read_text()}
+    found = (p for p in others if "longrope_export.verify.reference" in imports(p))
+    users = {p.relative_to(package.parent) for p in found}
     assert users == {
         Path(
             "longrope_export/verify/plan.py"
@@ -234,10 +235,48 @@ def test_the_reference_shares_no_formula() -> None:
 
 
 def imports(path: Path) -> set[str]:
-    found = (
-        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
-    )
-    return {node.module for node in found if node.module and node.module.startswith("longrope")}
+    """Our modules that a file imports, in whatever form."""
+    root = Path(longrope_export.__file__).parent.parent
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(root).parts[: -node.level] if node.level else ()
+            module = ".".join((*package, *filter(None, [node.module])))
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            found |= {name if is_module(root, name) else module for name in names}
+    return {name for name in found if name.startswith("longrope")}
+
+
+def is_module(root: Path, name: str) -> bool:
+    path = root.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import longrope_export.verify.reference",
+        "import longrope_export.verify.reference as r",
+        "from longrope_export.verify import plan, reference",
+        "from longrope_export.verify.reference import cos_sin",
+        "from .reference import cos_sin",
+        "from . import reference",
+        "from ..verify import reference as r",
+        "def f():\n    from longrope_export.verify import reference",
+    ],
+)
+def test_no_form_of_an_import_is_overlooked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    package = tmp_path / "longrope_export" / "verify"
+    package.mkdir(parents=True)
+    for name in ("reference", "plan"):
+        (package / f"{name}.py").touch()
+    monkeypatch.setattr(longrope_export, "__file__", str(package.parent / "__init__.py"))
+    (package / "user.py").write_text(line)
+    assert "longrope_export.verify.reference" in imports(package / "user.py")
 
 
 @pytest.mark.parametrize("switch", list(SwitchPolicy))
