@@ -22,6 +22,7 @@ from tiny_models import add_bpe_tokenizer, add_sentencepiece, make_model
 import longrope_export
 from longrope_converters.certificate import embed_certificate
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
+from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
 from longrope_export.cli import main
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ConfigError, ModelError, UnsupportedError
@@ -650,6 +651,18 @@ def test_check_runs_no_code_from_a_folder(made: Folder) -> None:
         (made / "hostile.json").write_text(json.dumps(certificate))
         result = run(made, "--check", made / "hostile.json", "onnx")
         assert result.exit_code == 2 and said in result.output
+
+
+def test_check_leaves_out_what_would_run_code(made: Folder, tmp_path: Path) -> None:
+    folder, certificate = tmp_path / "hf", tmp_path / "c.json"
+    converter = SafetensorsConverter(SafetensorsOptions(remote_code=True))
+    converter.convert(load_model(made / "m"), three_tiers(made / "m"), folder, lambda _: None)
+    options = ("--factors", made / "f.json", "--length", 80, "-o", certificate)
+    result = run(made, "m", folder, f"transformers-remote={folder}", *options)
+    assert result.exit_code == 0, result.output
+    result = run(made, "--check", certificate, folder)
+    assert result.exit_code == 0, result.output
+    assert "transformers-remote is left out" in " ".join(result.output.split())
 
 
 def test_a_folder_without_a_definition_does_not_pass(made: Folder) -> None:

@@ -219,7 +219,7 @@ def _check(file: Path, paths: tuple[str, ...], threads: int | None, build: bool)
     certificate = read_certificate(file)
     failed = False
     for path in map(Path, paths):
-        problems = check_export(certificate, path, threads=threads, build=build)
+        problems = check_export(certificate, path, threads=threads, build=build, say=say)
         failed = failed or bool(problems)
         for problem in problems:
             click.echo(problem, err=True)

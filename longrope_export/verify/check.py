@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,33 @@ from longrope_export.verify.probes import Probe, probe_problems
 
 
 def check_export(
-    certificate: Mapping[str, Any], path: Path, *, threads: int | None = None, build: bool = False
+    certificate: Mapping[str, Any],
+    path: Path,
+    *,
+    threads: int | None = None,
+    build: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Compare the export's hash, then run the certificate's short texts on the runtimes that passed.
 
     The log probabilities are compared with those that the same runtime gave when it was certified.
+    A runtime that takes code from the folder is left out.
+
+    Args:
+        certificate: see read_certificate.
+        path: the export.
+        threads: of the runtimes.
+        build: compile llama.cpp where it is missing.
+        say: told what is left out.
 
     Returns:
         What is wrong; empty where all is well.
 
     Raises:
-        ModelError: the certificate is damaged.
+        ModelError: the certificate is damaged, or all that passed would run code from the folder.
     """
     try:
-        return _check_export(certificate, path, threads, build)
+        return _check_export(certificate, path, threads, build, say)
     except LongRopeError:
         raise
     except Exception as error:  # whatever hostile values, or a runtime's own classes, raise
@@ -36,7 +49,11 @@ def check_export(
 
 
 def _check_export(
-    certificate: Mapping[str, Any], path: Path, threads: int | None, build: bool
+    certificate: Mapping[str, Any],
+    path: Path,
+    threads: int | None,
+    build: bool,
+    say: Callable[[str], None],
 ) -> list[str]:
     found = content_hash(path)
     entries = [entry for entry in certificate["exports"] if entry["sha256"] == found]
@@ -50,12 +67,15 @@ def _check_export(
     if not passed:
         names = ", ".join(str(entry["runtime"]) for entry in entries)
         return [f"{path}: the certificate says that it failed on {names}"]
-    for entry in passed:
-        if entry["runtime_name"] == RUNS_CODE:
-            raise ModelError(
-                f"{path} was certified on {RUNS_CODE}, which runs code from its folder: --check "
-                f"does not; verify it against its source model"
-            )
+    safe = [entry for entry in passed if entry["runtime_name"] != RUNS_CODE]
+    if not safe:
+        raise ModelError(
+            f"{path} was certified on {RUNS_CODE} alone, which runs code from its folder: --check does "
+            f"not; verify it against its source model"
+        )
+    if len(safe) < len(passed):
+        say(f"{path}: {RUNS_CODE} is left out, it runs code from the folder")
+    for entry in safe:
         runtime = open_runtime(
             Export(entry["runtime_name"], path),
             context=max(len(probe.tokens) for probe in probes) + 1,
