@@ -695,6 +695,19 @@ def test_no_output_takes_the_place_of_an_input(made: Folder) -> None:
             assert file.read_bytes() == before
 
 
+def test_what_is_written_changes_no_export(made: Folder, tmp_path: Path) -> None:
+    for option in ("-o", "--markdown", "--plot"):
+        file = made / "onnx" / "new"
+        result = run(made, "m", "onnx", "--length", 80, option, file)
+        assert result.exit_code == 2 and "--embed" in result.output and not file.exists()
+    shutil.copytree(made / "onnx", tmp_path / "x")
+    before = content_hash(tmp_path / "x")
+    (tmp_path / "x" / "README.md").write_text("a card")
+    assert content_hash(tmp_path / "x") == before
+    (tmp_path / "x" / "notes.md").write_text("anything else")
+    assert content_hash(tmp_path / "x") != before
+
+
 def test_two_outputs_are_two_files(made: Folder, tmp_path: Path) -> None:
     one, other = tmp_path / "x", tmp_path / ".." / tmp_path.name / "x"
     result = run(made, "m", "onnx", "--length", 80, "-o", one, "--markdown", other)

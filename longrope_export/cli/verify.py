@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,9 @@ def command(
     inputs = input_files(source.path, factors, tiers)
     inputs += with_contents(export.path for export in chosen if isinstance(export.path, Path))
     inputs += [text] if text else []
-    check_outputs({"-o": output, "--markdown": markdown, "--plot": plot}, inputs)
+    outputs = {"-o": output, "--markdown": markdown, "--plot": plot}
+    check_outputs(outputs, inputs)
+    _refuse_inside(outputs, [Path(e.path) for e in chosen if isinstance(e.path, Path)])
     with share_progress() as step:
         written = None if text is None else read_utf8(text, "--text")
         prepared = prepare(source, config, used, text=written, seed=seed, say=step)
@@ -159,6 +161,18 @@ def command(
                 say(f"{result.export.path}: certificate embedded")
     if not certificate["passed"]:
         raise SystemExit(_MISSED)
+
+
+def _refuse_inside(outputs: Mapping[str, Path | None], exports: Sequence[Path]) -> None:
+    from longrope_export.errors import OutputError
+
+    for flag, output in outputs.items():
+        for folder in exports:
+            if output is not None and folder.resolve() in output.resolve().parents:
+                raise OutputError(
+                    f"{flag} {output}: inside of the export {folder}, whose hash it would change: "
+                    "write it elsewhere, or use --embed for the certificate"
+                )
 
 
 def verify_after(

@@ -24,6 +24,7 @@ VERSION = 2
 FILE_NAME = "longrope-certificate.json"  # in a folder that was verified
 GGUF_KEY = "longrope.certificate"
 
+_CARD = "README.md"
 _MOST_SHARDS = 65535
 _BLOCK = 1 << 20
 
@@ -127,7 +128,9 @@ def _from_source_json(result: CaseResult) -> dict[str, float] | None:
 
 
 def content_hash(path: Path | str) -> str | None:
-    """SHA-256 of what a model file or folder says, hex; an embedded certificate is left out.
+    """SHA-256 of what a model file or folder says, hex.
+
+    An embedded certificate and a folder's own README.md, the model card, are left out.
 
     None for a server, whose address is text.
 
@@ -148,7 +151,7 @@ def content_hash(path: Path | str) -> str | None:
             _hash_bytes(path, 0, digest)
         else:
             for file in sorted(path.rglob("*")):
-                if file.is_file() and file != path / FILE_NAME:
+                if file.is_file() and file not in (path / FILE_NAME, path / _CARD):
                     size = file.stat().st_size
                     digest.update(f"{file.relative_to(path)}\n{size}\n".encode())
                     _hash_bytes(file, 0, digest)
