@@ -449,7 +449,7 @@ def test_rows_of_two_and_three_bits_are_known_for_what_they_are(
     path = tmp_path / "m.gguf"
     converter = GgufConverter(GgufOptions(outtype=outtype, pre="gpt-2"))
     converter.convert(load_model(source), None, path, lambda _: None)
-    assert is_quantized(weight_precision(read_header(path)))
+    assert is_quantized(weight_precision(path))
     model = Reference(source, three_tiers(source)).model
     assert use_weights_of(model, path) == []
     norm = model.model.layers[1].mlp.down_proj.weight.norm()

@@ -15,6 +15,7 @@ from longrope_export.config import LongRopeConfig
 from longrope_export.errors import LongRopeError, ModelError
 from longrope_export.factor_files import to_json
 from longrope_export.gguf_format import MAGIC, PADDING_KEY, read_header
+from longrope_export.gguf_shards import shard_paths
 from longrope_export.stamp import stamp
 from longrope_export.verify.probes import Probe
 from longrope_export.verify.run import CaseResult, ExportResult
@@ -25,7 +26,6 @@ FILE_NAME = "longrope-certificate.json"  # in a folder that was verified
 GGUF_KEY = "longrope.certificate"
 
 _CARD = "README.md"
-_MOST_SHARDS = 65535
 _BLOCK = 1 << 20
 
 
@@ -145,7 +145,7 @@ def content_hash(path: Path | str) -> str | None:
     digest = hashlib.sha256()
     try:
         if is_gguf(path):
-            for shard in _shards(path):
+            for shard in shard_paths(path):
                 _hash_gguf(shard, digest)
         elif path.is_file():
             _hash_bytes(path, 0, digest)
@@ -166,15 +166,6 @@ def is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
-
-
-def _shards(path: Path) -> list[Path]:
-    """All files of a split model, whose names end in -00001-of-00003.gguf, or the one file."""
-    count = read_header(path).get("split.count", 1)
-    stem, separator, _ = path.name.rpartition("-00001-of-")
-    if not separator or not isinstance(count, int) or not 2 <= count <= _MOST_SHARDS:
-        return [path]
-    return [path.with_name(f"{stem}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
 
 
 def _hash_gguf(path: Path, digest: hashlib._Hash) -> None:

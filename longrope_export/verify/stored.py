@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from longrope_export.errors import ModelError
-from longrope_export.gguf_format import read_header
 from longrope_export.runtimes.base import RuntimeInfo
 from longrope_export.runtimes.llama_cpp import weight_precision
 
@@ -26,7 +25,7 @@ def stored_precision(path: Path) -> str:
         ModelError: a file is damaged.
     """
     if path.is_file():
-        return weight_precision(read_header(path))
+        return weight_precision(path)
     sizes: Counter[str] = Counter()
     for file in sorted(path.glob("*.safetensors")):
         sizes.update(_sizes_by_type(file))
