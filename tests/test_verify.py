@@ -481,6 +481,9 @@ def test_the_table_of_a_quantized_export(made: Folder, tmp_path: Path) -> None:
         assert case["max_kl"] < case["from_source"]["max_kl"] / 2
     assert "| all, from the source's weights |" in card.read_text()
     assert "reference ran on weights: the export's own, unpacked." in card.read_text()
+    console = Console(width=200, record=True)
+    console.print(*rich_tables(json.loads(result.stdout)))
+    assert "The reference ran on weights: the export's own, unpacked." in console.export_text()
     assert "was not used" not in result.output
     result = run(made, "m", tmp_path / "int4", *options, "--limit", "unpacked=1e-9:1e-9")
     assert result.exit_code == 1 and "was not used" not in result.output

@@ -77,7 +77,8 @@ def rich_tables(certificate: Mapping[str, Any]) -> Iterator[Table]:
         rows = table_rows(export)
         for row in rows[: len(rows) - len(export["problems"])]:
             table.add_row(*map(escape, row), style="red" if row[-1].startswith("misses") else None)
-        table.caption, table.caption_justify = escape("\n".join(export["problems"])), "left"
+        lines = [*filter(None, [_weights(export)]), *export["problems"]]
+        table.caption, table.caption_justify = escape("\n".join(lines)), "left"
         yield table
 
 
@@ -102,7 +103,7 @@ def markdown(certificate: Mapping[str, Any]) -> str:
             "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|",
             *map(_markdown_row, table_rows(export)),
             "",
-            f"{export['runtime_version']}; {_what_ran(export)}.{_weights(export)}",
+            f"{export['runtime_version']}; {_what_ran(export)}. {_weights(export)}".rstrip(),
         ]
     made = f"{certificate['tool']}, {certificate['created'][:10]}, {certificate['platform']}."
     return "\n".join([*lines, "", made]) + "\n"
@@ -111,7 +112,7 @@ def markdown(certificate: Mapping[str, Any]) -> str:
 def _weights(export: Mapping[str, Any]) -> str:
     """Which weights the reference ran on, unless it was just the source's."""
     weights = export.get("reference_weights", SOURCE_WEIGHTS)
-    return "" if weights == SOURCE_WEIGHTS else f" The reference ran on weights: {weights}."
+    return "" if weights == SOURCE_WEIGHTS else f"The reference ran on weights: {weights}."
 
 
 def _what_ran(export: Mapping[str, Any]) -> str:
