@@ -25,7 +25,7 @@ from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_converters.to_safetensors.convert import SafetensorsConverter, SafetensorsOptions
 from longrope_export.cli import main
 from longrope_export.config import FactorTier, LongRopeConfig, SwitchPolicy
-from longrope_export.errors import ConfigError, ModelError, UnsupportedError
+from longrope_export.errors import ConfigError, ModelError, ToolError, UnsupportedError
 from longrope_export.factor_files import to_json
 from longrope_export.gguf_format import read_header
 from longrope_export.models.model import load_model
@@ -536,6 +536,7 @@ def test_wrong_use(made: Folder) -> None:
         (("--seed", -1), "-1 is not in the range"),
         (("--limit", "fp32=1"), "expected PRECISION=KL"),
         (("--limit", "fp32=1:1:1:1"), "expected PRECISION=KL"),
+        (("--limit", "fp32=inf:1"), "expected PRECISION=KL"),
         (("--limit", "fp23=1:1"), "no runtime reports the precision fp23"),
     ],
 )
@@ -666,6 +667,50 @@ def test_check_leaves_out_what_would_run_code(made: Folder, tmp_path: Path) -> N
     result = run(made, "--check", certificate, folder)
     assert result.exit_code == 0, result.output
     assert "transformers-remote is left out" in " ".join(result.output.split())
+
+
+def test_logits_that_are_no_numbers(
+    made: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A valid certificate, tables and a plot of what is left."""
+    outputs = OnnxSequence._outputs
+
+    def broken(self: OnnxSequence, session: Any, tokens: list[int], *rest: Any) -> list[Any]:
+        found = outputs(self, session, tokens, *rest)
+        if self.length >= 64:
+            found[0].numpy()[:] = np.nan  # a view
+        return found
+
+    monkeypatch.setattr(OnnxSequence, "_outputs", broken)
+    certificate, card, plot = (tmp_path / name for name in ("c.json", "card.md", "plot.png"))
+    words = ("--factors", made / "f.json", "--length", 80)
+    written = ("-o", certificate, "--markdown", card, "--plot", plot)
+    result = run(made, "m", "onnx", *words, *written)
+    assert result.exit_code == 1 and "nan" in result.output, result.output
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    (found,) = json.loads(certificate.read_text(), parse_constant=refuse)["exports"]
+    first = found["cases"][0]
+    assert first["first_miss"] == 64 and first["max_kl"] is first["mean_difference"] is None
+    assert [row[3] for row in first["rows"][64:]] == [None] * 16
+    assert all(row[3] is not None for row in first["rows"][:64])
+    assert "| one prefill | 80 | nan | nan | nan |" in card.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    result = CliRunner().invoke(main, ["report", str(certificate), "-o", str(tmp_path / "r.html")])
+    assert result.exit_code == 0, result.output
+
+
+def test_tables_come_before_a_plot_that_cannot_be_drawn(
+    made: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ToolError("no plot")
+
+    monkeypatch.setattr("longrope_export.verify.report.save_plot", fails)
+    result = run(made, "m", "onnx", "--length", 80, "--plot", tmp_path / "p.png")
+    assert result.exit_code == 2 and "no plot" in result.output and "one prefill" in result.output
 
 
 def test_a_folder_without_a_definition_does_not_pass(made: Folder) -> None:

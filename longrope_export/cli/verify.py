@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,12 +141,12 @@ def command(
         write_text(output, json.dumps(certificate, indent=1) + "\n")
     if markdown is not None:
         write_text(markdown, as_markdown(certificate))
-    if plot is not None:
-        save_plot(certificate, plot)
     if as_json:
         print_json(certificate)
     else:
         _show(certificate)
+    if plot is not None:
+        save_plot(certificate, plot)
     for name in unused_limits(parsed_limits, results):
         found = sorted({result.info.precision for result in results if result.info})
         say(
@@ -251,8 +252,8 @@ def _parse_limit(text: str) -> tuple[str, Limit]:
     try:
         kl, mean_kl, *rest = [float(value) for value in values.split(":")]
         difference = rest.pop() if rest else None
-        if rest:
-            raise ValueError("more than three numbers")
+        if rest or not all(math.isfinite(v) for v in (kl, mean_kl, difference or 0)):
+            raise ValueError("more than three numbers, or one without end")
     except ValueError as error:
         raise ConfigError(
             f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as 4-bit=0.5:0.1"

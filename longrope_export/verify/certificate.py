@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,7 @@ def make_certificate(
     probes: Sequence[Probe],
     seed: int | None,
 ) -> dict[str, Any]:
-    """Everything that was found, as JSON values.
+    """Everything that was found, as JSON values; null for numbers that are not finite.
 
     Args:
         source: the model that the reference ran.
@@ -46,7 +47,7 @@ def make_certificate(
         probes: the short texts that `check_export` runs again.
         seed: of random tokens; None for those of a text.
     """
-    return {
+    values = {
         **stamp(FORMAT, VERSION),
         "passed": all(result.passed for result in results),
         "reference": {"path": str(source), "sha256": content_hash(source)},
@@ -59,6 +60,19 @@ def make_certificate(
         "probes": [asdict(probe) for probe in probes],
         "exports": [_export_json(result) for result in results],
     }
+    made: dict[str, Any] = _finite(values)
+    return made
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
 
 
 def _export_json(result: ExportResult) -> dict[str, Any]:
