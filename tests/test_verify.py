@@ -48,7 +48,7 @@ from longrope_export.verify.compare import (
 )
 from longrope_export.verify.exports import check_length
 from longrope_export.verify.layers import first_departure
-from longrope_export.verify.memory import longest_length
+from longrope_export.verify.memory import available_bytes, longest_length
 from longrope_export.verify.own_weights import use_weights_of
 from longrope_export.verify.plan import Append, cases_for, checked_borders, make_cases, rows_of
 from longrope_export.verify.reference import Reference
@@ -310,6 +310,30 @@ def test_memory_decides_how_long(tmp_path: Path) -> None:
     assert check_length(model, model.native, None) == model.window
     with pytest.raises(ConfigError, match="2 to 256"):
         check_length(model, model.native, 257)
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    """Files as Linux writes them; what is absent or without a limit is passed over."""
+    meminfo, own, cgroups = tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "cgroups"
+    inner = cgroups / "user" / "job"
+    inner.mkdir(parents=True)
+    meminfo.write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert available_bytes(meminfo, own, cgroups) == 8_192_000
+    assert available_bytes(tmp_path / "no", own, cgroups) > 1 << 20
+    own.write_text("1:memory:/old\n0::/user/job\n")
+    assert available_bytes(meminfo, own, cgroups) == 8_192_000
+    (inner / "memory.max").write_text("max\n")
+    (inner / "memory.current").write_text("500\n")
+    assert available_bytes(meminfo, own, cgroups) == 8_192_000
+    (inner / "memory.max").write_text("1500\n")
+    assert available_bytes(meminfo, own, cgroups) == 1000
+    (cgroups / "user" / "memory.max").write_text("900\n")
+    (cgroups / "user" / "memory.current").write_text("600\n")
+    assert available_bytes(meminfo, own, cgroups) == 300
+    (cgroups / "user" / "memory.current").write_text("950\n")
+    assert available_bytes(meminfo, own, cgroups) == 0
+    own.write_text("1:memory:/old\n")
+    assert available_bytes(meminfo, own, cgroups) == 8_192_000
 
 
 def test_which_runtime_runs_what(tmp_path: Path) -> None:
