@@ -6,6 +6,8 @@ import errno
 import os
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from bake_models import EDIT, check_consecutive, names, sha256, write_model
 
@@ -13,7 +15,9 @@ from longrope_converters.to_gguf.bake import HeaderEdit, bake_gguf
 from longrope_converters.to_gguf.shards import bake_split, read_shards, shard_outputs
 from longrope_export.errors import GgufError, OutputError
 from longrope_export.gguf_format import read_header
+from longrope_export.gguf_shards import shard_paths
 from longrope_export.gguf_values import ValueType, make_key_value
+from longrope_export.runtimes.llama_cpp import weight_precision
 
 
 @pytest.fixture
@@ -33,6 +37,24 @@ def shards(tmp_path: Path) -> tuple[Path, ...]:
 
 def test_shards_are_found_from_the_first(shards: tuple[Path, ...]) -> None:
     assert [shard.name for shard in shards] == [f"model-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+
+
+def test_most_of_the_weights_decide_the_precision_of_a_split_model(tmp_path: Path) -> None:
+    """llama.cpp's gguf-split and writers with a small first shard leave all tensors to the others."""
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=2, small_first_shard=True)
+    for name, dtype in (("a", np.float32), ("b", np.float16), ("c", np.float16), ("d", np.float16)):
+        writer.add_tensor(name, np.zeros((8, 32), dtype))
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first = tmp_path / "m-00001-of-00003.gguf"
+    assert not read_header(first).tensors and len(shard_paths(first)) == 3
+    assert weight_precision(first) == "fp16"
+    shard_paths(first)[2].unlink()
+    with pytest.raises(GgufError):
+        weight_precision(first)
 
 
 def test_a_model_in_one_file_is_its_only_shard(model: Path) -> None:

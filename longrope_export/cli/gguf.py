@@ -124,7 +124,7 @@ def command(
     if verify:
         from longrope_export.cli.verify import verify_after
 
-        verify_after(source, config, report.output)
+        verify_after(source, config, [str(report.output)])
 
 
 def _default_output(model: str, outtype: str | None, *, is_file: bool) -> Path:

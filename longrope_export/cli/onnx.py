@@ -125,4 +125,4 @@ def command(
     if verify:
         from longrope_export.cli.verify import verify_after
 
-        verify_after(source, config, report.output)
+        verify_after(source, config, [str(report.output)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,6 +23,11 @@ from longrope_export.cli.common import (
     switch_option,
     verify_option,
 )
+
+if TYPE_CHECKING:
+    from longrope_converters.to_safetensors.convert import SafetensorsOptions
+    from longrope_export.config import LongRopeConfig
+    from longrope_export.models.model import Model
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -116,9 +122,27 @@ def command(
     length = None if report.config is None else report.config.max_position_embeddings
     say_report(report, length, as_json=as_json)
     if verify:
-        from longrope_export.cli.verify import verify_after
+        _verify(source, config, report.output, options)
 
-        verify_after(source, config, report.output)
+
+def _verify(
+    source: Model, config: LongRopeConfig | None, output: Path, options: SafetensorsOptions
+) -> None:
+    """On what will run the folder: its own modelling file, or our live runtime and stock's class."""
+    from longrope_export.cli.verify import verify_after
+
+    if options.remote_code:  # the code that we have just written
+        verify_after(source, config, [f"transformers-remote={output}"])
+        return
+    stock = "transformers-stock"
+    several = len((config or source.native).tiers) > 1 and not options.approximate
+    if several:
+        say(
+            "transformers alone keeps cached keys of the tier before when a sequence crosses a border "
+            "(docs/safetensors.md): its misses are shown and do not count"
+        )
+    exports = [f"transformers={output}", f"{stock}={output}"]
+    verify_after(source, config, exports, only_shown=[stock] if several else [])
 
 
 def _default_output(path: Path) -> Path:

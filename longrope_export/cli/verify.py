@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,7 @@ _MISSED = 1
     "limits",
     multiple=True,
     metavar="PRECISION=KL:MEAN_KL[:DIFFERENCE]",
-    help="What a precision may differ by, as q4_k=0.5:0.1; repeat it.",
+    help="What a precision may differ by, as 4-bit=0.5:0.1; repeat it.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of the runtimes.")
 @click.option("--build", is_flag=True, help="Build llama.cpp first where it is missing.")
@@ -110,7 +112,7 @@ def command(
     from longrope_export.models.model import find_model, load_model
     from longrope_export.outputs import write_text
     from longrope_export.runtimes.open import parse_export
-    from longrope_export.verify.exports import check_length, prepare, verify_exports
+    from longrope_export.verify.exports import check_length, prepare, unused_limits, verify_exports
     from longrope_export.verify.report import check_plot, save_plot
     from longrope_export.verify.report import markdown as as_markdown
 
@@ -126,7 +128,9 @@ def command(
     inputs = input_files(source.path, factors, tiers)
     inputs += with_contents(export.path for export in chosen if isinstance(export.path, Path))
     inputs += [text] if text else []
-    check_outputs({"-o": output, "--markdown": markdown, "--plot": plot}, inputs)
+    outputs = {"-o": output, "--markdown": markdown, "--plot": plot}
+    check_outputs(outputs, inputs)
+    _refuse_inside(outputs, [Path(e.path) for e in chosen if isinstance(e.path, Path)])
     with share_progress() as step:
         written = None if text is None else read_utf8(text, "--text")
         prepared = prepare(source, config, used, text=written, seed=seed, say=step)
@@ -137,12 +141,18 @@ def command(
         write_text(output, json.dumps(certificate, indent=1) + "\n")
     if markdown is not None:
         write_text(markdown, as_markdown(certificate))
-    if plot is not None:
-        save_plot(certificate, plot)
     if as_json:
         print_json(certificate)
     else:
         _show(certificate)
+    if plot is not None:
+        save_plot(certificate, plot)
+    for name in unused_limits(parsed_limits, results):
+        found = sorted({result.info.precision for result in results if result.info})
+        say(
+            f"warning: --limit {name} was not used: the exports reported "
+            f"{', '.join(found) or 'no precision'}"
+        )
     if embed:
         from longrope_converters.certificate import embed_certificate
 
@@ -154,8 +164,32 @@ def command(
         raise SystemExit(_MISSED)
 
 
-def verify_after(model: Model, config: LongRopeConfig | None, path: Path) -> None:
-    """The short run of the exporting commands' --verify; ends with exit code 1 on a miss."""
+def _refuse_inside(outputs: Mapping[str, Path | None], exports: Sequence[Path]) -> None:
+    from longrope_export.errors import OutputError
+
+    for flag, output in outputs.items():
+        for folder in exports:
+            if output is not None and folder.resolve() in output.resolve().parents:
+                raise OutputError(
+                    f"{flag} {output}: inside of the export {folder}, whose hash it would change: "
+                    "write it elsewhere, or use --embed for the certificate"
+                )
+
+
+def verify_after(
+    model: Model,
+    config: LongRopeConfig | None,
+    exports: Sequence[str],
+    *,
+    only_shown: Collection[str] = (),
+) -> None:
+    """The short run of the exporting commands' --verify; ends with exit code 1 on a miss.
+
+    Args:
+        config: the definition; None for the model's own.
+        exports: as the command's EXPORT.
+        only_shown: runtimes whose misses do not count.
+    """
     from longrope_export.runtimes.open import parse_export
     from longrope_export.verify.exports import SHORT_LENGTH, prepare, verify_exports
 
@@ -163,9 +197,10 @@ def verify_after(model: Model, config: LongRopeConfig | None, path: Path) -> Non
     length = min(SHORT_LENGTH, definition.max_position_embeddings)
     with share_progress() as step:
         prepared = prepare(model, definition, length, say=step)
-        certificate, _ = verify_exports(prepared, [parse_export(str(path))], build=True, say=step)
+        chosen = [parse_export(export) for export in exports]
+        certificate, results = verify_exports(prepared, chosen, build=True, say=step)
     _show(certificate)
-    if not certificate["passed"]:
+    if not all(result.passed or result.export.runtime in only_shown for result in results):
         raise SystemExit(_MISSED)
 
 
@@ -181,7 +216,8 @@ def _show(certificate: dict[str, Any]) -> None:
 
 def _check(file: Path, paths: tuple[str, ...], threads: int | None, build: bool) -> None:
     from longrope_export.errors import ModelError
-    from longrope_export.verify.certificate import check_export, read_certificate
+    from longrope_export.verify.certificate import read_certificate
+    from longrope_export.verify.check import check_export
 
     for parameter in click.get_current_context().command.params:
         name = parameter.name or ""
@@ -198,7 +234,7 @@ def _check(file: Path, paths: tuple[str, ...], threads: int | None, build: bool)
     certificate = read_certificate(file)
     failed = False
     for path in map(Path, paths):
-        problems = check_export(certificate, path, threads=threads, build=build)
+        problems = check_export(certificate, path, threads=threads, build=build, say=say)
         failed = failed or bool(problems)
         for problem in problems:
             click.echo(problem, err=True)
@@ -216,15 +252,15 @@ def _parse_limit(text: str) -> tuple[str, Limit]:
     try:
         kl, mean_kl, *rest = [float(value) for value in values.split(":")]
         difference = rest.pop() if rest else None
-        if rest:
-            raise ValueError("more than three numbers")
+        if rest or not all(math.isfinite(v) for v in (kl, mean_kl, difference or 0)):
+            raise ValueError("more than three numbers, or one without end")
     except ValueError as error:
         raise ConfigError(
-            f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as q4_k=0.5:0.1"
+            f"--limit {text}: expected PRECISION=KL:MEAN_KL[:DIFFERENCE], as 4-bit=0.5:0.1"
         ) from error
     if not is_precision(precision):
         raise ConfigError(
             f"--limit {text}: no runtime reports the precision {precision}: expected "
-            f"{', '.join(LIMITS)}, unknown, or a type of llama.cpp, as q4_k"
+            f"{', '.join(LIMITS)}, unknown, or a type of ggml, as q4_k"
         )
     return precision, Limit(difference, kl, mean_kl)

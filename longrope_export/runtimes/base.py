@@ -33,6 +33,9 @@ class RuntimeInfo:
             computed as the end of a text of its own, and holds natural logarithms of
             probabilities, of so many tokens at most, NaN for the others.
         any_position: a sequence may begin at a position other than 0.
+        rows_apart: it hands out the last logits of a call alone, so that all rows but the first of
+            those that are kept are computed token by token.
+        batches: it computes the sequences of a batch together, not one after the other.
         float32_angles: it multiplies positions and frequencies in float32, which the definition
             allows; far away that shows in the logits.
         longest: tokens of the longest sequence, where that was fixed before.
@@ -46,6 +49,8 @@ class RuntimeInfo:
     switching: str
     log_probabilities: int | None = None
     any_position: bool = True
+    rows_apart: bool = False
+    batches: bool = True
     float32_angles: bool = False
     longest: int | None = None
     process_id: int | None = None

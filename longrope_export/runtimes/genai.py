@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import ModelError, ToolError
@@ -51,6 +52,9 @@ class GenaiModel:
             precision=precision,
             switching="once, by max_length" if self.config else "by the folder's own graph",
             any_position=False,
+            rows_apart=True,
+            batches=False,
+            float32_angles=self.config is None,  # ours have float64 tables in the graph
         )
         try:
             settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
@@ -118,11 +122,19 @@ class GenaiSequence:
         """See RunningSequence; genai gives the last logits of a call, so kept tokens go singly."""
         ids = np.asarray(tokens, np.int32)
         wanted = len(ids) if keep is None else min(keep, len(ids))
-        for first in range(0, len(ids) - wanted, self._chunk):
-            self._generator.append_tokens(ids[None, first : len(ids) - wanted][:, : self._chunk])
-        kept = []
-        for token in ids[len(ids) - wanted :]:
-            self._generator.append_tokens(np.asarray([[token]], np.int32))
-            kept.append(np.asarray(self._generator.get_logits())[0, -1].astype(np.float32))
+        first_kept = len(ids) - wanted  # its call may begin before it
+        for begin in range(0, first_kept + 1, self._chunk):
+            self._run(ids[begin : min(begin + self._chunk, first_kept + 1)])
+        kept = [self._last_logits()]
+        for token in ids[first_kept + 1 :]:
+            self._run(token[None])
+            kept.append(self._last_logits())
         self.length += len(ids)
         return np.stack(kept)
+
+    def _run(self, ids: npt.NDArray[np.int32]) -> None:
+        self._generator.append_tokens(ids[None])
+
+    def _last_logits(self) -> Logits:
+        logits: Logits = np.asarray(self._generator.get_logits())[0, -1].astype(np.float32)
+        return logits

@@ -99,6 +99,7 @@ class HfModel:
             path=path,
             precision=_PRECISIONS[dtype],
             switching=_SWITCHING[flavour],
+            float32_angles=flavour is Flavour.STOCK,
         )
 
     def start(

@@ -15,12 +15,13 @@ import numpy as np
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.errors import ModelError, ToolError
-from longrope_export.gguf_format import GgufHeader
+from longrope_export.gguf_format import read_header
+from longrope_export.gguf_shards import shard_paths
 from longrope_export.llama_cpp.binaries import require_binaries
 from longrope_export.llama_cpp.driver import require_driver
 from longrope_export.llama_cpp.options import BuildOptions
 from longrope_export.llama_cpp.source import VERSION
-from longrope_export.models.model import header_of, load_model
+from longrope_export.models.model import load_model
 from longrope_export.runtimes.base import (
     DEFAULT_CHUNK,
     Hidden,
@@ -66,14 +67,13 @@ class LlamaCppModel:
         build: bool = False,
     ) -> None:
         model = load_model(path)
-        header = header_of(model)
         self.config: LongRopeConfig | None = model.native
         self._reprocesses = patched and model.native.switch is SwitchPolicy.SEQUENCE
         self.info = RuntimeInfo(
             name="llama.cpp, patched" if patched else "llama.cpp",
             version=f"llama-cpp-python {VERSION}",
             path=path,
-            precision=weight_precision(header),
+            precision=weight_precision(path),
             switching="by the file's rule" if patched else "once, by the allocated context",
             float32_angles=True,
         )
@@ -267,12 +267,22 @@ class _WatchedSequence(LlamaCppSequence):
         return np.zeros((keep, self.model.vocabulary), np.float32)
 
 
-def weight_precision(header: GgufHeader) -> str:
-    """The type that most bytes of a GGUF's tensors have: fp32, fp16, bf16, or ggml's own name."""
+def weight_precision(path: Path) -> str:
+    """The type that most bytes of a GGUF's tensors have: fp32, fp16, bf16, or ggml's own name.
+
+    Of a split model those of all its files count, the first of which may hold none.
+
+    Raises:
+        GgufError: a file is missing or damaged.
+        ModelError: there are no tensors.
+    """
     from gguf import GGMLQuantizationType
 
     sizes: Counter[int] = Counter()
-    for tensor in header.tensors:
-        sizes[tensor.ggml_type] += tensor.num_bytes or 0
+    for shard in shard_paths(path):
+        for tensor in read_header(shard).tensors:
+            sizes[tensor.ggml_type] += tensor.num_bytes or 0
+    if not sizes:
+        raise ModelError(f"{path}: holds no tensors: fetch it again")
     name = GGMLQuantizationType(sizes.most_common(1)[0][0]).name.lower()
     return {"f32": "fp32", "f16": "fp16"}.get(name, name)

@@ -64,6 +64,7 @@ class OnnxModel:
             path=folder,
             precision=self.precision,
             switching="by the file's rule",
+            batches=False,
         )
         self.caches = {
             value.name: value

@@ -10,6 +10,8 @@ from longrope_export.errors import ModelError
 from longrope_export.models.hf_config import is_hf_folder, refuse_quantized
 from longrope_export.runtimes.base import Runtime
 
+RUNS_CODE = "transformers-remote"  # from the export's folder
+
 RUNTIMES = {
     "llama.cpp": "the patched llama.cpp, for a GGUF",
     "llama.cpp-stock": "llama.cpp without our patch",
@@ -17,7 +19,7 @@ RUNTIMES = {
     "genai": "onnxruntime-genai",
     "transformers": "our live runtime on transformers' classes",
     "transformers-stock": "transformers alone",
-    "transformers-remote": "the modelling file that lies in the folder (runs its code)",
+    RUNS_CODE: "the modelling file that lies in the folder (runs its code)",
     "server": "a running llama-server or vLLM, for an http:// address",
 }
 

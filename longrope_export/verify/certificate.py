@@ -1,9 +1,10 @@
-"""The outcome of `verify` as a JSON file, and the check of an export against one made earlier."""
+"""The outcome of `verify` as a JSON file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,29 +14,20 @@ import numpy as np
 
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import LongRopeError, ModelError
-from longrope_export.factor_files import from_json, to_json
+from longrope_export.factor_files import to_json
 from longrope_export.gguf_format import MAGIC, PADDING_KEY, read_header
-from longrope_export.runtimes.base import Runtime
-from longrope_export.runtimes.open import Export, open_runtime
+from longrope_export.gguf_shards import shard_paths
 from longrope_export.stamp import stamp
-from longrope_export.verify.compare import (
-    LOGITS_PER_RADIAN,
-    Limit,
-    float32_angle_error,
-    log_softmax,
-)
-from longrope_export.verify.rows import Probe
+from longrope_export.verify.probes import Probe
 from longrope_export.verify.run import CaseResult, ExportResult
 
 FORMAT = "longrope-certificate"
-VERSION = 1
+VERSION = 2
 FILE_NAME = "longrope-certificate.json"  # in a folder that was verified
 GGUF_KEY = "longrope.certificate"
 
-_RUNS_CODE = "transformers-remote"
-_MOST_SHARDS = 65535
+_CARD = "README.md"
 _BLOCK = 1 << 20
-_PROBE_ROUNDING = 1e-5  # of log probabilities that are written with six digits
 
 
 def make_certificate(
@@ -46,16 +38,16 @@ def make_certificate(
     probes: Sequence[Probe],
     seed: int | None,
 ) -> dict[str, Any]:
-    """Everything that was found, as JSON values.
+    """Everything that was found, as JSON values; null for numbers that are not finite.
 
     Args:
         source: the model that the reference ran.
         tokens: ids that were run.
         results: one for each export.
-        probes: what is run again by `check_export`.
+        probes: the short texts that `check_export` runs again.
         seed: of random tokens; None for those of a text.
     """
-    return {
+    values = {
         **stamp(FORMAT, VERSION),
         "passed": all(result.passed for result in results),
         "reference": {"path": str(source), "sha256": content_hash(source)},
@@ -68,6 +60,19 @@ def make_certificate(
         "probes": [asdict(probe) for probe in probes],
         "exports": [_export_json(result) for result in results],
     }
+    made: dict[str, Any] = _finite(values)
+    return made
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
 
 
 def _export_json(result: ExportResult) -> dict[str, Any]:
@@ -86,6 +91,7 @@ def _export_json(result: ExportResult) -> dict[str, Any]:
         "limit": asdict(result.limit) if result.limit else None,
         "own_limit": asdict(result.own_limit) if result.own_limit else None,
         "reference_weights": result.weights,
+        "probe_log_probabilities": result.probe_rows,
         "cases": [_case_json(case) for case in result.cases],
     }
 
@@ -136,7 +142,9 @@ def _from_source_json(result: CaseResult) -> dict[str, float] | None:
 
 
 def content_hash(path: Path | str) -> str | None:
-    """SHA-256 of what a model file or folder says, hex; an embedded certificate is left out.
+    """SHA-256 of what a model file or folder says, hex.
+
+    An embedded certificate and a folder's own README.md, the model card, are left out.
 
     None for a server, whose address is text.
 
@@ -151,13 +159,13 @@ def content_hash(path: Path | str) -> str | None:
     digest = hashlib.sha256()
     try:
         if is_gguf(path):
-            for shard in _shards(path):
+            for shard in shard_paths(path):
                 _hash_gguf(shard, digest)
         elif path.is_file():
             _hash_bytes(path, 0, digest)
         else:
             for file in sorted(path.rglob("*")):
-                if file.is_file() and file != path / FILE_NAME:
+                if file.is_file() and file not in (path / FILE_NAME, path / _CARD):
                     size = file.stat().st_size
                     digest.update(f"{file.relative_to(path)}\n{size}\n".encode())
                     _hash_bytes(file, 0, digest)
@@ -172,15 +180,6 @@ def is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
-
-
-def _shards(path: Path) -> list[Path]:
-    """All files of a split model, whose names end in -00001-of-00003.gguf, or the one file."""
-    count = read_header(path).get("split.count", 1)
-    stem, separator, _ = path.name.rpartition("-00001-of-")
-    if not separator or not isinstance(count, int) or not 2 <= count <= _MOST_SHARDS:
-        return [path]
-    return [path.with_name(f"{stem}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
 
 
 def _hash_gguf(path: Path, digest: hashlib._Hash) -> None:
@@ -239,83 +238,3 @@ def without_rows(certificate: Mapping[str, Any]) -> dict[str, Any]:
         for export in certificate["exports"]
     ]
     return {**certificate, "exports": exports}
-
-
-def check_export(
-    certificate: Mapping[str, Any], path: Path, *, threads: int | None = None, build: bool = False
-) -> list[str]:
-    """Is this the export that was certified, and does it still compute the same here?
-
-    Its hash is compared, then the certificate's short text is run on the runtime that was
-    certified, and its likeliest tokens compared.
-
-    Returns:
-        What is wrong; empty where all is well.
-
-    Raises:
-        ModelError: the certificate is damaged.
-    """
-    try:
-        return _check_export(certificate, path, threads, build)
-    except LongRopeError:
-        raise
-    except Exception as error:  # whatever hostile values, or a runtime's own classes, raise
-        raise ModelError(f"the certificate of {path} cannot be checked: {error!r}") from error
-
-
-def _check_export(
-    certificate: Mapping[str, Any], path: Path, threads: int | None, build: bool
-) -> list[str]:
-    found = content_hash(path)
-    entries = [entry for entry in certificate["exports"] if entry["sha256"] == found]
-    passed = [entry for entry in entries if entry["passed"]]
-    if not entries:
-        known = ", ".join(str(entry["path"]) for entry in certificate["exports"])
-        return [f"{path} is none of the certified exports ({known}): its SHA-256 is {found}"]
-    problems = []
-    probes = [Probe(**values) for values in certificate["probes"]]
-    config = from_json(certificate["config"], "certificate")
-    if not passed:
-        names = ", ".join(str(entry["runtime"]) for entry in entries)
-        return [f"{path}: the certificate says that it failed on {names}"]
-    for entry in passed:
-        if entry["runtime_name"] == _RUNS_CODE:
-            raise ModelError(
-                f"{path} was certified on {_RUNS_CODE}, which runs code from its folder: --check "
-                f"does not; verify it against its source model"
-            )
-        runtime = open_runtime(
-            Export(entry["runtime_name"], path),
-            context=max(len(probe.tokens) for probe in probes) + 1,
-            config=config,
-            threads=threads,
-            build=build,
-        )
-        try:
-            for probe in probes:
-                if runtime.info.any_position or not probe.origin:
-                    problems += _check_probe(runtime, probe, Limit(**entry["limit"]))
-        finally:
-            runtime.close()
-    return problems
-
-
-def _check_probe(runtime: Runtime, probe: Probe, limit: Limit) -> list[str]:
-    sequence = runtime.start(declared_length=probe.declared_length, first_position=probe.origin)
-    logits = sequence.append(probe.tokens, keep=len(probe.top_tokens))
-    log_p = log_softmax(logits.astype(np.float64))
-    got = np.take_along_axis(log_p, np.asarray(probe.top_tokens), 1)
-    right = np.asarray(probe.log_probabilities)
-    kl = float((np.exp(right) * (right - got)).sum(1).max())
-    difference = float(np.abs(right - got).max())
-    # of log probabilities, not of logits: both the logit and the sum may be off
-    end = probe.origin + len(probe.tokens)
-    angle = float(float32_angle_error([end])[0]) if runtime.info.float32_angles else 0.0
-    if kl <= limit.kl + angle**2 + _PROBE_ROUNDING and (
-        limit.difference is None or difference <= 2 * (limit.difference + LOGITS_PER_RADIAN * angle)
-    ):
-        return []
-    return [
-        f"{runtime.info.path}: {runtime.info.name} here differs from the certificate: log "
-        f"probabilities by up to {difference:.2g}, KL {kl:.2g} (limit {limit.kl:.2g})"
-    ]

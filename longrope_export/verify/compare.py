@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -29,18 +29,20 @@ class Limit:
     mean_kl: float
 
 
+UNPACKED_LIMIT = "unpacked"  # for a reference on the export's own weights
+
 # fp32: the accumulated rounding of float32 with room for other orders of summation. The others: about
 # three times what was measured on SmolLM2-135M with right exports, see docs/parity.md. A fault that
 # moves the logits by less than rounding does stays unseen there: verify in fp32 first.
 LIMITS: dict[str, Limit] = {
     "fp32": Limit(1e-3, 1e-6, 1e-7),
     "fp16": Limit(0.3, 1e-3, 3e-4),
-    "bf16": Limit(2.0, 5e-2, 1e-2),
+    "bf16": Limit(1.1, 6e-3, 7e-4),
     "q8_0": Limit(None, 0.1, 0.03),
     "int8": Limit(None, 0.1, 0.03),
     "4-bit": Limit(None, 5.0, 1.5),
-    # quantized, from a reference on the export's own weights: activations in blocks of 8 bits
-    "unpacked": Limit(None, 0.2, 0.02),
+    "2-bit": Limit(None, 9.0, 1.8),
+    UNPACKED_LIMIT: Limit(None, 0.2, 0.02),  # activations in blocks of 8 bits
 }
 # beside those in LIMITS: ggml's types, llama.cpp's file types, ours of ONNX, a server that does not say
 _REPORTED = re.compile(r"(i?q|tq)\d_\w+|mxfp4(_moe)?|nvfp4|int4|f64|unknown")
@@ -48,7 +50,13 @@ _SMALLEST = -80.0  # below it a probability in float32 loses its digits
 _ROUNDING = 1e-3  # of a sum of float32 probabilities; llama-server's, of 49152 tokens, was 1.0002
 _BLOCK = 64  # rows
 LOGITS_PER_RADIAN = 10.0  # SmolLM2-135M at 32768: 5.6
-_BITS = {"q4": "4-bit", "int4": "4-bit", "iq4": "4-bit", "q5": "4-bit", "q6": "q8_0", "q8": "q8_0"}
+# by how names of quantized types begin
+_BITS = {
+    **dict.fromkeys(("q6", "q8"), "q8_0"),
+    **dict.fromkeys(("q4", "q5", "iq4", "int4", "mxfp4", "nvfp4"), "4-bit"),
+    **dict.fromkeys(("q1", "q2", "q3", "iq1", "iq2", "iq3", "tq"), "2-bit"),  # 3 bits and fewer
+}
+_NOT_QUANTIZED = ("fp32", "fp16", "bf16", "f64", "unknown")
 
 
 def limit_for(precision: str, given: dict[str, Limit] | None = None) -> Limit:
@@ -58,10 +66,19 @@ def limit_for(precision: str, given: dict[str, Limit] | None = None) -> Limit:
         ConfigError: nothing is known about it.
     """
     known = {**LIMITS, **(given or {})}
+    return known[limit_name(precision, known)]
+
+
+def limit_name(precision: str, known: Container[str]) -> str:
+    """Under which name in `known` the limit of a precision stands: its own, or its family's.
+
+    Raises:
+        ConfigError: under none.
+    """
     family = next((name for prefix, name in _BITS.items() if precision.startswith(prefix)), "")
     for name in (precision, family):
         if name in known:
-            return known[name]
+            return name
     raise ConfigError(
         f"no limits are known for {precision}: give them, as --limit {precision}=KL:MEAN_KL"
     )
@@ -73,8 +90,8 @@ def is_precision(name: str) -> bool:
 
 
 def is_quantized(precision: str) -> bool:
-    """Whether the weights are rounded to blocks of few bits, as llama.cpp and ONNX names say."""
-    return precision == "int8" or any(precision.startswith(prefix) for prefix in _BITS)
+    """Whether the weights are rounded to blocks of few bits; so is every type not known here."""
+    return precision not in _NOT_QUANTIZED
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from longrope_export.models.hf_config import refuse_quantized
 from longrope_export.models.model import Model
 from longrope_export.runtimes.open import Export
 from longrope_export.verify.certificate import make_certificate
-from longrope_export.verify.compare import Limit
+from longrope_export.verify.compare import LIMITS, UNPACKED_LIMIT, Limit, limit_name
 from longrope_export.verify.memory import available_bytes, count_parameters, longest_length
 from longrope_export.verify.plan import Case, make_cases
+from longrope_export.verify.probes import make_probes
 from longrope_export.verify.rows import ReferenceRows, Say
 from longrope_export.verify.run import ExportResult, verify_export
 from longrope_export.verify.tokens import make_tokens
@@ -97,6 +98,7 @@ def verify_exports(
         an export is in its result.
     """
     p = prepared
+    probes = make_probes(p.reference, p.cases, p.config, p.tokens)
     results = [
         verify_export(
             export,
@@ -104,6 +106,7 @@ def verify_exports(
             p.tokens,
             p.cases,
             p.reference,
+            probes=probes,
             limits=limits,
             text=p.text,
             threads=threads,
@@ -112,10 +115,22 @@ def verify_exports(
         )
         for export in exports
     ]
-    probes = p.reference.probes(p.cases, p.config, p.tokens)
     seed = p.seed if p.text is None else None
     made = make_certificate(p.model.path, p.config, p.tokens, results, probes, seed)
     return made, results
+
+
+def unused_limits(limits: Mapping[str, Limit], results: Sequence[ExportResult]) -> list[str]:
+    """The names of given limits that no export was held to."""
+    known = {**LIMITS, **limits}
+    used = {
+        limit_name(result.info.precision, known)
+        for result in results
+        if result.limit and result.info
+    }
+    if any(result.own_limit for result in results):
+        used.add(UNPACKED_LIMIT)
+    return [name for name in limits if name not in used]
 
 
 def check_length(model: Model, config: LongRopeConfig, wanted: int | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from longrope_export.models.model import Model
 
@@ -11,15 +11,48 @@ _SHARE = 0.7  # of the memory that is free now
 _ACTIVATIONS = 24  # float32 values per token and channel that a pass without a cache holds at once
 
 
-def available_bytes() -> int:
-    """Memory that a new process may use without swapping."""
+def available_bytes(
+    meminfo: Path = Path("/proc/meminfo"),
+    own_cgroup: Path = Path("/proc/self/cgroup"),
+    cgroups: Path = Path("/sys/fs/cgroup"),
+) -> int:
+    """Memory that this process may still use without swapping, a container's limit included.
+
+    Args:
+        meminfo: of the machine.
+        own_cgroup: names the process's cgroup.
+        cgroups: where cgroup v2 is mounted.
+    """
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                free = int(line.split()[1]) * 1024
     except OSError:
         pass  # not Linux
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, min([free, *_left_in_cgroups(own_cgroup, cgroups)]))
+
+
+def _left_in_cgroups(own_cgroup: Path, cgroups: Path) -> list[int]:
+    """Bytes up to the limit of the process's cgroup and of each one around it that has a limit."""
+    try:
+        lines = own_cgroup.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    name = next((line[3:] for line in lines if line.startswith("0::")), None)  # version 2
+    if name is None:
+        return []
+    left = []
+    folder = PurePosixPath(name.strip("/"))
+    for part in (folder, *folder.parents):
+        try:
+            most = (cgroups / part / "memory.max").read_text(encoding="ascii").strip()
+            used = (cgroups / part / "memory.current").read_text(encoding="ascii")
+            if most != "max":
+                left.append(int(most) - int(used))
+        except (OSError, ValueError):
+            continue  # the outermost one has no such files
+    return left
 
 
 def longest_length(model: Model, num_parameters: int, memory_bytes: int) -> int:

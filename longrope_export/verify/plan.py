@@ -1,16 +1,18 @@
 """What is run: how the tokens of one text are handed to a runtime, and which logits are compared.
 
-Every case stops at the places where implementations go wrong: the end of the start-token window, the
+Every case stops at the places where implementations go wrong: the end of each start-token window, the
 border of an inner batch, each tier border, and the longest length.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
+from longrope_export.runtimes.base import RuntimeInfo
+from longrope_export.verify.reference import tier_of
 
 UBATCH = 512  # llama.cpp's inner batch
 _CALL = 2048  # tokens of a large call
@@ -19,6 +21,7 @@ _KEPT_ALL = 1024  # up to this length the logits of every position are compared
 _WINDOW = 8  # positions around each stop, beyond
 _BEFORE = 256  # tokens before a border that is looked at by itself
 _BORDERS = 6  # at most so many tier borders of a long ladder
+_BATCH = "batch of two lengths"
 _SINGLE = 3  # tokens one by one, on each side of a border
 
 
@@ -93,21 +96,22 @@ def _from_the_start(config: LongRopeConfig, limit: int) -> list[Case]:
     first = min(borders, default=limit)
     chunk_size = min(_CHUNK, max(1, (limit if limit <= _KEPT_ALL else first) // 3 - 1))
     lengths = (min(limit, max(1, first // 2)), min(limit, first + _SINGLE))
-    batch = Case("batch of two lengths", batch=lengths, batch_keep=min(_WINDOW, *lengths))
+    batch = Case(_BATCH, batch=lengths, batch_keep=min(_WINDOW, *lengths))
     if config.switch is SwitchPolicy.CAUSAL:
-        stops = _stops(config, borders, limit)
+        stops = _stops(config, borders, limit, UBATCH)
         whole = Case("one prefill", _whole(stops, limit))
         end = limit if limit <= _KEPT_ALL else min(limit, first + _WINDOW // 2)
-        stops = _stops(config, [b for b in borders if b < end], end)
+        stops = _stops(config, [b for b in borders if b < end], end, chunk_size)
         chunks = Case(f"chunks of {chunk_size}", _whole(stops, end), chunk_size)
         steps = [Case("one by one over borders", _steps(borders, limit))] if borders else []
         return [whole, chunks, *steps, batch]
     ends = sorted({limit, *borders, *(b + 1 for b in borders if b < limit)})
     cases = []
     for end in ends:
-        appends = _whole(_stops(config, [], end), end)
+        appends = _whole(_stops(config, [], end, UBATCH), end)
         cases.append(Case(f"one prefill of {end}", appends, declared_length=end))
-    chunks = Case(f"chunks of {chunk_size}", cases[-1].appends, chunk_size, limit)
+    appends = _whole(_stops(config, [], limit, chunk_size), limit)
+    chunks = Case(f"chunks of {chunk_size}", appends, chunk_size, limit)
     steps = [Case("one by one over borders", _steps(borders, limit))] if borders else []
     return [*cases, chunks, *steps, batch]
 
@@ -138,11 +142,9 @@ def _before(border: int, limit: int) -> int:
 
 def rows_of(case: Case, config: LongRopeConfig) -> list[Row]:
     """The compared rows, in the order in which the runtime hands them out."""
-    causal = config.switch is SwitchPolicy.CAUSAL
 
     def row(position: int, length: int) -> Row:
-        tier = config.tier_index(position + 1 if causal else length)
-        return Row(position, tier, case.origin)
+        return Row(position, tier_of(config, position, length), case.origin)
 
     if case.batch:
         return [
@@ -158,6 +160,35 @@ def rows_of(case: Case, config: LongRopeConfig) -> list[Row]:
     return rows
 
 
+def cases_for(info: RuntimeInfo, cases: Sequence[Case], config: LongRopeConfig) -> list[Case]:
+    """The cases that a runtime can run, named for what it makes of them.
+
+    One that hands out the last logits of a call alone computes rows token by token; for it the
+    longest prefill is run once more with its last row alone, whole.
+    """
+    chosen = [case for case in cases if info.any_position or not case.origin]
+    if info.log_probabilities is not None:
+        chosen = [of_prefixes(case, config) for case in chosen]
+    if not info.batches:
+        apart = "two lengths, one after the other"
+        chosen = [replace(case, name=apart) if case.batch else case for case in chosen]
+    if not info.rows_apart:
+        return chosen
+    prefills = [case for case in chosen if case.appends and not case.origin]
+    longest = max(prefills, key=lambda case: case.num_tokens)  # the first of several
+    whole = replace(
+        longest,
+        name=f"{longest.name}, the last row alone",
+        appends=(Append(longest.num_tokens, 1),),
+    )
+    return [whole, *map(_with_rows_apart, chosen)]
+
+
+def _with_rows_apart(case: Case) -> Case:
+    keep = max((append.keep for append in case.appends), default=case.batch_keep)
+    return case if keep == 1 else replace(case, name=f"{case.name}, rows token by token")
+
+
 def of_prefixes(case: Case, config: LongRopeConfig) -> Case:
     """The case for a runtime that computes each row as the end of a text of its own.
 
@@ -167,8 +198,8 @@ def of_prefixes(case: Case, config: LongRopeConfig) -> Case:
         return case
 
     def kept(end: int, keep: int, length: int) -> int:
-        tier = config.tier_index(length)
-        return sum(config.tier_index(p + 1) == tier for p in range(end - keep, end))
+        tier = tier_of(config, length - 1, length)
+        return sum(tier_of(config, p, p + 1) == tier for p in range(end - keep, end))
 
     appends, end = [], case.origin
     for append in case.appends:
@@ -188,10 +219,16 @@ def checked_borders(config: LongRopeConfig, limit: int) -> list[int]:
     return [borders[round(number * step)] for number in range(_BORDERS)]
 
 
-def _stops(config: LongRopeConfig, borders: Iterable[int], limit: int) -> list[int]:
-    marks = [config.num_start_tokens, UBATCH, *borders]
-    wanted = {min(limit, mark + _WINDOW // 2) for mark in marks if 0 < mark <= limit}
-    return sorted({*wanted, limit})
+def _stops(config: LongRopeConfig, borders: Iterable[int], limit: int, inner: int) -> list[int]:
+    """Ends of the calls: a little behind each start window and border, and behind one border of an
+    inner batch of `inner` tokens. Those count from the begin of a call.
+    """
+    behind = _WINDOW // 2
+    marks = [*(tier.num_start_tokens for tier in config.tiers), *borders]
+    stops = sorted({limit, *(min(limit, mark + behind) for mark in marks if 0 < mark <= limit)})
+    gaps = itertools.pairwise([0, *stops])
+    begin = next((begin for begin, end in gaps if end - begin > inner + behind), None)
+    return stops if begin is None else sorted([*stops, begin + inner + behind])
 
 
 def _whole(stops: list[int], limit: int) -> tuple[Append, ...]:

@@ -141,7 +141,7 @@ def reference_logits(
     n = len(tokens)
     at = torch.arange(n) if positions is None else torch.tensor(list(positions))
     final = int(at[-1]) + 1 if length is None else length
-    tiers = [tier_at(int(p)) if tier_at else _tier_of(config, int(p), final) for p in at]
+    tiers = [tier_at(int(p)) if tier_at else tier_of(config, int(p), final) for p in at]
     attention = _Attention(model, config, at, tiers, progress)
     wanted = torch.arange(n) if keep is None else torch.tensor(list(keep))
     grad = torch.set_grad_enabled(gradients)
@@ -185,7 +185,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def _tier_of(config: LongRopeConfig, position: int, length: int) -> int:
+def tier_of(config: LongRopeConfig, position: int, length: int) -> int:
+    """Index of the tier that a token is computed under: verify's own choice, apart from the config's.
+
+    Args:
+        position: of the token; decides under `causal`.
+        length: of the whole sequence, the position behind its last token; decides under `sequence`.
+    """
     wanted = position + 1 if config.switch == "causal" else length
     for index, tier in enumerate(config.tiers):
         if wanted <= tier.max_length:

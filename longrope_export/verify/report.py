@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("case", "tokens", "max |d|", "max KL", "mean KL", "top-1", "result")
 SOURCE_WEIGHTS = "the source's"
+_WORST = ("max_difference", "max_kl", "mean_kl")  # the columns behind "tokens"
 _PLOTS = (".png", ".svg", ".pdf")
 _FLOOR = 1e-12  # what a logarithmic axis shows for nothing
 
@@ -24,9 +25,7 @@ def table_rows(export: Mapping[str, Any]) -> list[tuple[str, ...]]:
         (
             case["name"],
             str(case["length"]),
-            f"{case['max_difference']:.2g}",
-            f"{case['max_kl']:.2g}",
-            f"{case['mean_kl']:.2g}",
+            *(_number(case[name]) for name in _WORST),
             f"{case['same_top_token']:.0%}",
             _verdict(case),
         )
@@ -43,9 +42,14 @@ def _from_source_rows(export: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if not cases:
         return []
     top = min(case["same_top_token"] for case in cases)
-    worst = [max(case[n] for case in cases) for n in ("max_difference", "max_kl", "mean_kl")]
-    numbers = (f"{value:.2g}" for value in worst)
+    columns = [[case[name] for case in cases] for name in _WORST]
+    numbers = (_number(None if None in column else max(column)) for column in columns)
     return [("all, from the source's weights", "", *numbers, f"{top:.0%}", "")]
+
+
+def _number(value: float | None) -> str:
+    """Two digits; a certificate has None for what is not finite."""
+    return "nan" if value is None else f"{value:.2g}"
 
 
 def _verdict(case: Mapping[str, Any]) -> str:
@@ -77,7 +81,8 @@ def rich_tables(certificate: Mapping[str, Any]) -> Iterator[Table]:
         rows = table_rows(export)
         for row in rows[: len(rows) - len(export["problems"])]:
             table.add_row(*map(escape, row), style="red" if row[-1].startswith("misses") else None)
-        table.caption, table.caption_justify = escape("\n".join(export["problems"])), "left"
+        lines = [*filter(None, [_weights(export)]), *export["problems"]]
+        table.caption, table.caption_justify = escape("\n".join(lines)), "left"
         yield table
 
 
@@ -102,7 +107,7 @@ def markdown(certificate: Mapping[str, Any]) -> str:
             "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|",
             *map(_markdown_row, table_rows(export)),
             "",
-            f"{export['runtime_version']}; {_what_ran(export)}.{_weights(export)}",
+            f"{export['runtime_version']}; {_what_ran(export)}. {_weights(export)}".rstrip(),
         ]
     made = f"{certificate['tool']}, {certificate['created'][:10]}, {certificate['platform']}."
     return "\n".join([*lines, "", made]) + "\n"
@@ -111,7 +116,7 @@ def markdown(certificate: Mapping[str, Any]) -> str:
 def _weights(export: Mapping[str, Any]) -> str:
     """Which weights the reference ran on, unless it was just the source's."""
     weights = export.get("reference_weights", SOURCE_WEIGHTS)
-    return "" if weights == SOURCE_WEIGHTS else f" The reference ran on weights: {weights}."
+    return "" if weights == SOURCE_WEIGHTS else f"The reference ran on weights: {weights}."
 
 
 def _what_ran(export: Mapping[str, Any]) -> str:
@@ -140,6 +145,8 @@ def check_plot(output: Path) -> None:
 def save_plot(certificate: Mapping[str, Any], output: Path) -> None:
     """|difference| and KL of every compared row over its position, a colour for each export.
 
+    Rows whose numbers are not finite are left out.
+
     Raises:
         ToolError: matplotlib is not installed.
         OutputError: the file cannot be written.
@@ -167,7 +174,7 @@ def draw_differences(certificate: Mapping[str, Any], size: tuple[float, float] =
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
     for number, export in enumerate(certificate["exports"]):
-        rows = [row for case in export["cases"] for row in case["rows"]]
+        rows = [row for case in export["cases"] for row in case["rows"] if None not in row]
         if not rows:
             continue
         positions = [row[0] for row in rows]

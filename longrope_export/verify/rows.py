@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from longrope_export.config import LongRopeConfig, SwitchPolicy
-from longrope_export.verify.compare import log_softmax
 from longrope_export.verify.layers import MOST_TOKENS, Hidden
 from longrope_export.verify.own_weights import use_weights_of
 from longrope_export.verify.plan import Case, Row, rows_of
 from longrope_export.verify.reference import Reference
 
-_PROBE_ROWS, _PROBE_TOP = 8, 32
-
 Say = Callable[[str, float], None]  # (what is being done, share that is done, 0 to 1)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the reference says at the end of a short text.
-
-    Attributes:
-        tokens: the text.
-        origin: position of its first token.
-        declared_length: to be told to the runtime, see Case.
-        top_tokens: (rows, top) the likeliest tokens behind each of the last tokens.
-        log_probabilities: (rows, top) of those.
-    """
-
-    tokens: list[int]
-    origin: int
-    declared_length: int | None
-    top_tokens: list[list[int]]
-    log_probabilities: list[list[float]]
 
 
 class ReferenceRows:
@@ -50,7 +27,8 @@ class ReferenceRows:
         own_weights: an export whose quantized weights, unpacked, take the place of the source's.
 
     Attributes:
-        problems: of those: what is no rounding of the source's.
+        path: the source model.
+        problems: of own_weights: what is no rounding of the source's.
 
     Raises:
         UnsupportedError: own_weights cannot be unpacked into the model.
@@ -67,7 +45,7 @@ class ReferenceRows:
         own_weights: Path | None = None,
     ) -> None:
         wanted = {row for case in cases for row in rows_of(case, config)}
-        self._path, self._config, self._tokens, self._say = path, config, tokens, say
+        self.path, self._config, self._tokens, self._say = path, config, tokens, say
         self._causal = causal = config.switch is SwitchPolicy.CAUSAL
         self._own_weights = own_weights
         self.problems: list[str] = []
@@ -91,14 +69,14 @@ class ReferenceRows:
 
     def _load(self) -> Reference:
         name = "reference" if self._own_weights is None else "reference on unpacked weights"
-        reference = Reference(self._path, self._config, lambda share: self._say(name, share))
+        reference = Reference(self.path, self._config, lambda share: self._say(name, share))
         if self._own_weights is not None:
             self.problems = use_weights_of(reference.model, self._own_weights)
         return reference
 
     def on_weights_of(self, export: Path, cases: Sequence[Case]) -> ReferenceRows:
         """The same on a quantized export's own weights; raises as the constructor does."""
-        return ReferenceRows(self._path, self._config, self._tokens, cases, self._say, export)
+        return ReferenceRows(self.path, self._config, self._tokens, cases, self._say, export)
 
     def _length_of(self, tier: int | None) -> int | None:
         return None if tier is None else self._config.tiers[tier].max_length
@@ -122,26 +100,6 @@ class ReferenceRows:
     def forget_model(self) -> None:
         """Give back its memory; rows and outputs of layers stay."""
         self._again = None
-
-    def probes(
-        self, cases: Sequence[Case], config: LongRopeConfig, tokens: Sequence[int]
-    ) -> list[Probe]:
-        """Short texts for a rerun without the source model: the beginning, and the last tier."""
-        far = [case for case in cases if case.origin and len(case.appends) == 1]
-        return [self._probe(case, config, tokens) for case in (cases[0], *far[-1:])]
-
-    def _probe(self, case: Case, config: LongRopeConfig, tokens: Sequence[int]) -> Probe:
-        first = case.appends[0]  # the rows of one call lie side by side
-        rows = rows_of(case, config)[: first.keep][-_PROBE_ROWS:]
-        log_p = log_softmax(self.of(rows).astype(np.float64))
-        top = np.argsort(-log_p, axis=1)[:, :_PROBE_TOP]
-        return Probe(
-            tokens=list(tokens[: rows[-1].position - case.origin + 1]),
-            origin=case.origin,
-            declared_length=case.declared_length,
-            top_tokens=top.tolist(),
-            log_probabilities=np.take_along_axis(log_p, top, 1).round(6).tolist(),
-        )
 
     @property
     def vocabulary(self) -> int:

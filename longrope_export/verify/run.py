@@ -12,8 +12,9 @@ import numpy as np
 from longrope_export.config import LongRopeConfig
 from longrope_export.errors import LongRopeError, ModelError, UnsupportedError
 from longrope_export.runtimes.base import Runtime, RuntimeInfo
-from longrope_export.runtimes.open import Export, open_runtime
+from longrope_export.runtimes.open import RUNS_CODE, Export, open_runtime
 from longrope_export.verify.compare import (
+    UNPACKED_LIMIT,
     Difference,
     Limit,
     compare,
@@ -23,8 +24,10 @@ from longrope_export.verify.compare import (
     limit_for,
 )
 from longrope_export.verify.layers import first_departure, layer_limit, layer_outputs_of
-from longrope_export.verify.plan import Case, Row, of_prefixes, rows_of
+from longrope_export.verify.plan import Case, Row, cases_for, rows_of
+from longrope_export.verify.probes import Probe, TopRows, top_log_probabilities
 from longrope_export.verify.rows import ReferenceRows, Say
+from longrope_export.verify.stored import as_stored
 
 # runtimes whose quantized exports can be unpacked for the reference
 UNPACKED = ("llama.cpp", "llama.cpp-stock", "onnxruntime", "genai")
@@ -59,13 +62,16 @@ class ExportResult:
     """One export.
 
     Attributes:
-        info: None if it could not be loaded.
+        info: None if it could not be loaded. For transformers' runtimes with the precision that the
+            weights were rounded to, see as_stored.
         limit: of the difference from the reference on the source's weights.
         own_limit: of that from the reference on the export's own weights, unpacked; None where
             there is no such comparison.
         weights: of the reference that the cases' differences are from, in a few words.
         problems: what was wrong apart from the numbers: a config or a tokenizer that differs, an
             error of the runtime. Empty for a good export.
+        probe_rows: for each probe, see top_log_probabilities. Empty where `--check` cannot run the
+            export, and where it did not pass.
     """
 
     export: Export
@@ -75,6 +81,7 @@ class ExportResult:
     problems: list[str] = field(default_factory=list)
     own_limit: Limit | None = None
     weights: str = "the source's"
+    probe_rows: list[TopRows | None] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -101,6 +108,7 @@ def verify_export(
     cases: Sequence[Case],
     reference: ReferenceRows,
     *,
+    probes: Sequence[Probe] = (),
     limits: dict[str, Limit] | None = None,
     text: str | None = None,
     threads: int | None = None,
@@ -110,6 +118,7 @@ def verify_export(
     """Run every case on an export. Errors of the runtime become problems of the result.
 
     Args:
+        probes: run at the end if all is well; the result holds what the runtime said.
         limits: by precision, before the standard ones.
         text: if given, the export's tokenizer must give `tokens` for its beginning.
         threads: of the runtime.
@@ -131,12 +140,13 @@ def verify_export(
         return result
     standards: list[_Standard] = []
     try:
-        limit = limit_for(runtime.info.precision, limits)
-        result = ExportResult(export, runtime.info, limit)
-        cases = [case for case in cases if runtime.info.any_position or not case.origin]
-        if runtime.info.log_probabilities is not None:
-            cases = [of_prefixes(case, config) for case in cases]
-        _check_room(runtime.info, max(case.num_tokens for case in cases))
+        info = runtime.info
+        if export.runtime.startswith("transformers"):
+            info = as_stored(info, reference.path)
+        limit = limit_for(info.precision, limits)
+        result = ExportResult(export, info, limit)
+        cases = cases_for(info, cases, config)
+        _check_room(info, max(case.num_tokens for case in cases))
         if runtime.config is not None:
             result.problems.extend(config_differences(config, runtime.config))
         elif export.runtime == "transformers":
@@ -145,25 +155,27 @@ def verify_export(
             )
         if text is not None:
             result.problems.extend(_tokenizer_differences(list(tokens), runtime.tokenize(text)))
-        standards = [_Standard(reference, limit, layer_limit(runtime.info.precision))]
-        if export.runtime in UNPACKED and is_quantized(runtime.info.precision):
+        standards = [_Standard(reference, limit, layer_limit(info.precision))]
+        if export.runtime in UNPACKED and is_quantized(info.precision):
             try:
                 own = reference.on_weights_of(Path(export.path), cases)
             except UnsupportedError as error:
                 result = replace(result, weights=f"the source's ({error})")
             else:
                 result.problems.extend(own.problems)
-                own_limit = limit_for("unpacked", limits)
-                standards.insert(0, _Standard(own, own_limit, layer_limit("unpacked")))
+                own_limit = limit_for(UNPACKED_LIMIT, limits)
+                standards.insert(0, _Standard(own, own_limit, layer_limit(UNPACKED_LIMIT)))
                 result = replace(result, own_limit=own_limit, weights="the export's own, unpacked")
         for number, case in enumerate(cases):
-            say(f"{runtime.info.name}: {case.name}", number / len(cases))
+            say(f"{info.name}: {case.name}", number / len(cases))
             result.cases.append(_run_case(runtime, case, config, tokens, standards))
         missed = [i for i, case_ in enumerate(result.cases) if case_.first_miss is not None]
         for number, index in enumerate(missed):
-            say(f"{runtime.info.name}: the layer of a miss", number / len(missed))
+            say(f"{info.name}: the layer of a miss", number / len(missed))
             result.cases[index] = _with_layer(runtime, result.cases[index], tokens, standards[0])
-        say(runtime.info.name, 1.0)
+        if result.passed and info.log_probabilities is None and export.runtime != RUNS_CODE:
+            result.probe_rows.extend(top_log_probabilities(runtime, probe) for probe in probes)
+        say(info.name, 1.0)
     except Exception as error:  # whatever a runtime raises, the others go on
         result.problems.append(_describe(error))
     finally:
