@@ -13,7 +13,13 @@ import transformers
 from evaluated import HELP, ladder, make_root
 
 from longrope_export.errors import ConfigError
-from longrope_export.evaluate.needle import Question, continuation, fit_prompt, make_puzzle
+from longrope_export.evaluate.needle import (
+    Question,
+    beginning,
+    continuation,
+    fit_prompt,
+    make_puzzle,
+)
 from longrope_export.evaluate.perplexity import make_windows, score_text
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation
 from longrope_export.evaluate.settings import Cell, Settings, make_cells
@@ -51,6 +57,24 @@ def test_every_token_is_scored_once_with_what_the_window_allows(
     assert len(seen) == len(set(seen))
     missing = set(range(tokens)) - set(seen)
     assert missing == set(range(0, tokens - tokens % length, length) if stride == length else [0])
+
+
+def test_special_tokens_take_the_first_places_of_a_window(root: Path) -> None:
+    """Side by side and sliding, against plain torch; each window has `length` tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "m", dtype=torch.float32)
+    runtime, special = HfModel(root / "m"), [7, 9]
+    tokens = [*special, *runtime.tokenize(HELP)[:198]]
+    for stride in (None, 30):
+        found = score_text(runtime, tokens, 50, stride=stride, beginning=special)
+        losses, before = [], 0
+        for end in range(50, 201, stride or 50):
+            window = plain_losses(model, special + tokens[end - 48 : end])
+            losses.append(window[-min(end - before, 48) :])
+            before = end
+        assert found.scored_tokens == sum(map(len, losses))
+        assert found.loss == pytest.approx(torch.cat(losses).double().mean().item(), rel=1e-6)
+    with pytest.raises(ConfigError, match="no room behind the 2 special tokens"):
+        make_windows(10, 2, 1, num_special=2)
 
 
 def test_windows_out_of_range() -> None:
@@ -203,6 +227,8 @@ def test_several_values_count_in_any_order() -> None:
 def test_a_later_question_has_no_beginning_of_text() -> None:
     assert continuation("cd", lambda text: [1, *map(ord, text)]) == [99, 100]
     assert continuation("cd", lambda text: list(map(ord, text))) == [99, 100]
+    words = {"the": [3], "a": [9, 4], "b": [9, 5], "The": [9, 6]}  # 9 is SentencePiece's space
+    assert beginning(lambda text: [1, *words[text], 2]) == [1]
 
 
 @pytest.mark.parametrize("name", ["m", "m-onnx"])

@@ -65,9 +65,7 @@ def command(
     from longrope_export.onnx_metadata import is_onnx
     from longrope_export.outputs import check_output
 
-    path = find_model(
-        model, revision=revision, local_files_only=local_files_only, weights=False
-    )
+    path = find_model(model, revision=revision, local_files_only=local_files_only, weights=False)
     source: Model | None = None
     if path.suffix.lower() == ".json" or is_onnx(path):
         if factors or tiers:

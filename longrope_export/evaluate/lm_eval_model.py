@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from longrope_export.errors import ConfigError, ModelError
-from longrope_export.evaluate.needle import continuation
+from longrope_export.evaluate.needle import beginning, continuation
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation, window_losses
 from longrope_export.gguf_format import read_header
 from longrope_export.models.torch_model import load_torch_tokenizer
@@ -132,9 +132,8 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
 
 
 def _begin_token(runtime: Runtime) -> int | None:
-    tokens = runtime.tokenize("a"), runtime.tokenize("b")
-    if tokens[0] and tokens[1] and tokens[0][0] == tokens[1][0]:
-        return tokens[0][0]
+    if special := beginning(lambda text: runtime.tokenize(text) or []):
+        return special[0]
     path = runtime.info.path
     if isinstance(path, str):
         return None

@@ -13,7 +13,14 @@ import numpy as np
 
 from longrope_export.errors import ConfigError, ModelError
 from longrope_export.evaluate.memory_use import PeakMemory
-from longrope_export.evaluate.needle import KINDS, Puzzle, continuation, fit_prompt, make_puzzle
+from longrope_export.evaluate.needle import (
+    KINDS,
+    Puzzle,
+    beginning,
+    continuation,
+    fit_prompt,
+    make_puzzle,
+)
 from longrope_export.evaluate.perplexity import score_text
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation
 from longrope_export.evaluate.settings import LM_EVAL, PERPLEXITY, Cell, Settings, Text
@@ -140,6 +147,7 @@ class Session:
             tokens,
             cell.length,
             stride=self._settings.stride,
+            beginning=beginning(partial(tokenize, runtime)),
             num_stretches=self._settings.num_stretches,
             step=step,
         )

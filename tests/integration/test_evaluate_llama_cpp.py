@@ -11,10 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_onnx import export
-from test_patched_llama_cpp import BORDERS, Toy
+from test_patched_llama_cpp import BORDERS, Toy, convert
+from tiny_models import add_sentencepiece, make_model
 
 from longrope_export.cli import main
 from longrope_export.errors import ToolError
+from longrope_export.evaluate.needle import beginning
 from longrope_export.evaluate.perplexity import score_text
 from longrope_export.evaluate.results import cells_of, read_results
 from longrope_export.evaluate.scoring import window_losses
@@ -84,31 +86,31 @@ def toy_text(toy: Toy, tokens: list[int]) -> str:
     return str(transformers.AutoTokenizer.from_pretrained(toy.folder).decode(tokens))
 
 
-def test_llama_perplexity_says_the_same(toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("begins", [False, True], ids=["plain", "begin-of-text"])
+def test_llama_perplexity_says_the_same(toy: Toy, begins: bool, tmp_path: Path) -> None:
+    """Its windows: side by side, the second half scored, a begin-of-text token in the first place."""
     # the patched program: the stock one loses what it prints where a run takes milliseconds
     program = require_binaries(("llama-perplexity",), build=True) / "llama-perplexity"
     context, chunks = 256, 6
-    text = tmp_path / "help.txt"
+    path, text = toy.plain, tmp_path / "help.txt"
+    if begins:
+        settings = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15}
+        folder = make_model(tmp_path / "m", dtype="float32", **settings)
+        add_sentencepiece(folder)
+        path = tmp_path / "m.gguf"
+        convert(folder, None, path)
     text.write_text(HELP)
     options = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-b", "256", "--no-warmup")
-    theirs = run_perplexity(
-        program,
-        toy.plain,
-        text,
-        context=context,
-        chunks=chunks,
-        options=options,
-    )
-    model = LlamaCppModel(toy.plain, context=context)
+    theirs = run_perplexity(program, path, text, context=context, chunks=chunks, options=options)
+    model = LlamaCppModel(path, context=context)
     tokens = model.tokenize(HELP)
-    second_halves = []
-    for first in range(0, chunks * context, context):
-        window = tokens[first : first + context]
-        second_halves.append(window_losses(model, window, context // 2 - 1).values)
-    same_windows = math.exp(np.concatenate(second_halves).mean())
-    assert same_windows == pytest.approx(theirs.value, rel=1e-3)
-    score = score_text(model, tokens[: chunks * context], context, num_stretches=2)
-    assert math.exp(score.stretches[1].loss) == pytest.approx(theirs.value, rel=1e-2)
+    first = beginning(model.tokenize)
+    assert first == ([1] if begins else [])
+    score = score_text(
+        model, tokens[: chunks * context], context, beginning=first, num_stretches=context
+    )
+    second_half = [s.loss for s in score.stretches if s.begin > context // 2]
+    assert math.exp(np.mean(second_half)) == pytest.approx(theirs.value, rel=1e-3)
     model.close()
 
 
