@@ -373,3 +373,19 @@ def test_unknown_tasks(root: Path, task_folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "which has toy_choice, toy_rolling" in result.output
     result = run(root, "m", "--tasks", "hellaswag", *out)
     assert result.exit_code == 2 and "--include-path" in result.output
+
+
+def test_tags_and_groups_are_refused_with_what_is_in_them(
+    root: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    """Refused before anything is measured: what they report is no number of one task."""
+    rolling = task_folder / "rolling.yaml"
+    rolling.write_text(rolling.read_text() + "tag: toy_tag\n")
+    members = "- toy_rolling\n  - task: toy_choice\n    num_fewshot: 1\n"
+    (task_folder / "group.yaml").write_text(f"group: toy_group\ntask:\n  {members}")
+    for name, inside in (("toy_tag", "toy_rolling"), ("toy_group", "toy_choice,toy_rolling")):
+        words = ("m", "--tasks", f"toy_choice,{name}", "--include-path", task_folder)
+        result = run(root, *words, "-o", tmp_path / "x.json")
+        assert result.exit_code == 2, result.output
+        assert f"--tasks {name}: " in result.output and f"give {inside}\n" in result.output
+    assert not (tmp_path / "x.json").exists()
