@@ -250,6 +250,31 @@ def test_plots_as_files(root: Path, tmp_path: Path) -> None:
         assert len(content) > 4000
 
 
+def test_what_report_did_not_write_is_not_replaced(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    outputs = {
+        "-o": tmp_path / "report.html",
+        "--model-card": tmp_path / "README.md",
+        "--plots": tmp_path / "plots",
+    }
+    files = [tmp_path / "report.html", tmp_path / "README.md"]
+    files += [tmp_path / "plots" / f"perplexity-1.{suffix}" for suffix in ("png", "svg")]
+    for file in files:
+        file.write_text("# Somebody's project")
+        words = [str(word) for option in outputs.items() for word in option]
+        result = run(root, "report", "results.json", *words, code=2)
+        assert "`report` did not write it" in result.output and "--force" in result.output
+        assert file.read_text() == "# Somebody's project"
+        assert sum(other.exists() for other in files) == 1
+        file.unlink()
+    notes = tmp_path / "plots" / "notes.txt"
+    notes.write_text("kept")
+    files[1].write_text("# Somebody's project")
+    run(root, "report", "results.json", *words, "--force")
+    run(root, "report", "results.json", *words)  # its own are replaced
+    assert all(file.is_file() for file in files) and notes.read_text() == "kept"
+
+
 def test_what_the_report_says_to_run_runs(root: Path, tmp_path: Path) -> None:
     models = json.loads((root / "results.json").read_text())["models"]
     labels = ["m + pi", "m + yarn"]

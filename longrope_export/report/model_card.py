@@ -14,6 +14,7 @@ from longrope_export.evaluate.perplexity import perplexity_of
 from longrope_export.evaluate.results import cells_of, labels, markdown_table, pooled_loss, tables
 from longrope_export.evaluate.settings import PERPLEXITY
 from longrope_export.report.inputs import ReportInputs
+from longrope_export.report.ours import COMMENT
 from longrope_export.report.sections import describe, run_commands
 from longrope_export.verify.report import markdown as certificate_markdown
 
@@ -57,7 +58,7 @@ def make_model_card(
     for _, certificate in inputs.certificates:
         lines += [certificate_markdown(certificate)]
     lines += _usage(inputs)
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + f"\n\n{COMMENT}\n"
 
 
 def _plain(text: str) -> str:
