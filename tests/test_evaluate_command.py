@@ -198,6 +198,10 @@ def test_no_output_takes_the_place_of_what_is_not_ours(root: Path, tmp_path: Pat
         for options in ((), ("--force",)):
             result = run(root, *words, *options, "-o", file)
             assert result.exit_code == 2 and file.read_bytes() == before, result.output
+    for folder in (root / "m", root / "m-onnx"):
+        result = run(root, *words, "-o", folder / "results.json")
+        assert result.exit_code == 2 and "choose another folder" in result.output
+        assert not [*folder.glob("results*")]
     for content in ("[1]", '{"format": "notes"}', "caf\xe9"):
         notes = tmp_path / "notes.json"
         notes.write_text(content, encoding="latin-1")
