@@ -141,9 +141,9 @@ class Journal:
         measured, result = self._done[cell]
         if measured != identity:
             raise OutputError(
-                f"{self.path}: {cell.model} is not what was measured there (its files, its factors or "
-                "its runtime have changed, or for --tasks the files in --include-path or --limit): "
-                "give another -o, or --force to begin anew"
+                f"{self.path}: {cell.model} is not what was measured there (its files, its factors, "
+                "its runtime or what the server serves have changed, or for --tasks the files in "
+                "--include-path or --limit): give another -o, or --force to begin anew"
             )
         return result
 

@@ -15,6 +15,7 @@ from longrope_export.errors import ConfigError
 from longrope_export.factor_files import read_factors
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.base import Runtime
+from longrope_export.runtimes.http import served_model
 from longrope_export.runtimes.open import Export, open_runtime
 from longrope_export.verify.certificate import content_hash
 from longrope_export.verify.tokens import vocabulary_size
@@ -37,6 +38,7 @@ class Subject:
         note: what a reader should know.
         vocabulary: tokens that a server has to know, where a local model says it.
         factors: the file that is put on a model which carries none.
+        served: what a server says of its model, see served_model; None for everything else.
     """
 
     label: str
@@ -49,12 +51,14 @@ class Subject:
     note: str | None = None
     vocabulary: int | None = None
     factors: Path | None = None
+    served: str | None = None
 
     @property
     def identity(self) -> str:
-        """Hex; another for other files, another definition, runtime or dtype."""
+        """Hex; another for other files, another definition, runtime, dtype, or model of a server."""
         config = None if self.definition is None else to_json(self.definition)
         parts = [self.export.runtime, str(self.sha256 or self.export.path), config, self.dtype]
+        parts += [] if self.served is None else [self.served]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -159,7 +163,7 @@ def check_lengths(subjects: Sequence[Subject], longest: int) -> None:
 def _subject(export: Export, label: str) -> Subject:
     sha256 = content_hash(export.path)
     if isinstance(export.path, str):
-        return Subject(label, export, None, False, None)
+        return Subject(label, export, None, False, None, served=served_model(export.path))
     if export.runtime == "onnxruntime":
         from longrope_export.onnx_metadata import read_config
 
