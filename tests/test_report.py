@@ -184,6 +184,22 @@ def test_the_tests_above_would_see_requests_and_errors(
     assert not requests_of(log) and console.count("CONSOLE") == 2
 
 
+def test_closed_details_are_on_paper(page: Path, tmp_path: Path) -> None:
+    """As many pages as with open ones."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    closed = re.sub("(<details>.*?</details>)", r"\1" * 30, page.read_text(), flags=re.DOTALL)
+    pages = []
+    for text in (closed, closed.replace("<details>", "<details open>")):
+        shown, printed = tmp_path / "page.html", tmp_path / "page.pdf"
+        shown.write_text(text)
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+        command += [f"--print-to-pdf={printed}", shown.as_uri()]
+        subprocess.run(command, capture_output=True, check=True, timeout=120)
+        pages.append(len(re.findall(rb"/Type /Page\b", printed.read_bytes())))
+    assert pages[0] == pages[1] > 10
+
+
 def test_dark_and_narrow(page: Path, tmp_path: Path, open_page: Any) -> None:
     light, _, _ = open_page(page, "--blink-settings=preferredColorScheme=1")
     dark, _, _ = open_page(page, "--blink-settings=preferredColorScheme=0")
@@ -289,7 +305,18 @@ def test_what_the_report_says_to_run_runs(root: Path, tmp_path: Path) -> None:
         "path": str(tmp_path / "remote"),
         "config": None,
     }
-    for line in (*lines, how_to_run(export)):
+    gguf, baked = tmp_path / "plain.gguf", tmp_path / "baked.gguf"
+    for output, options in ((gguf, ()), (baked, ("--factors", str(root / "yarn.json")))):
+        words = ["gguf", str(root / "m"), "-o", str(output), *options]
+        words += ["--outtype", "f32", "--pre", "gpt-2"]
+        made = CliRunner().invoke(main, words)
+        assert made.exit_code == 0, made.output
+    live = {"runtime_name": "transformers", "config": None, "note": None}
+    files = [
+        {**live, "path": str(gguf), "factors": str(root / "pi.json")},
+        {**live, "path": str(baked), "factors": None},
+    ]
+    for line in (*lines, how_to_run(export), *map(how_to_run, files)):
         exec(line, {})
 
 
@@ -313,6 +340,24 @@ def test_a_hub_reads_the_model_card(root: Path, tmp_path: Path) -> None:
     assert "## Numerical parity" in text and "## How to run it" in text and "OnnxModel" in text
     for image in re.findall(r"!\[[^]]*\]\((\S+)\)", text):
         assert (tmp_path / image).is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "library", "tags"),
+    [
+        (("transformers", "transformers-stock"), True, set()),
+        (("transformers", "server"), False, set()),
+        (("server",), False, set()),
+        (("llama.cpp-stock", "genai", "transformers"), False, {"gguf", "onnx"}),
+    ],
+)
+def test_a_card_names_the_library_that_runs_all(
+    names: tuple[str, ...], library: bool, tags: set[str]
+) -> None:
+    results = {"models": [{"runtime_name": n, "label": n, "config": None, "path": n, "note": "x"} for n in names], "cells": []}  # fmt: skip
+    lines = make_model_card(ReportInputs(results=[("r", results)]), "toy").splitlines()
+    assert ("library_name: transformers" in lines) == library
+    assert {line[2:] for line in lines if line in ("- gguf", "- onnx")} == tags
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,12 @@ from longrope_export.report.ours import COMMENT
 from longrope_export.report.sections import describe, run_commands
 from longrope_export.verify.report import markdown as certificate_markdown
 
-_LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "genai": "onnx"}
+_FORMATS = {
+    "llama.cpp": "gguf",
+    "llama.cpp-stock": "gguf",
+    "onnxruntime": "onnx",
+    "genai": "onnx",
+}
 
 
 def make_model_card(
@@ -76,8 +81,8 @@ def _header(
     if base_model:
         yield f"base_model: {json.dumps(base_model)}"
     names = {m["runtime_name"] for _, results in inputs.results for m in results["models"]}
-    formats = sorted({_LIBRARIES.get(name, "transformers") for name in names} - {"transformers"})
-    if len(names) == 1 and not formats:
+    formats = sorted({_FORMATS[name] for name in names if name in _FORMATS})
+    if names and all(name.startswith("transformers") for name in names):
         yield "library_name: transformers"
     yield "pipeline_tag: text-generation"
     yield "tags:"
