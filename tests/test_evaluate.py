@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from evaluated import HELP, ladder, make_root
+from evaluated import HELP, Scripted, ladder, make_root
 
+from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_export.errors import ConfigError
+from longrope_export.evaluate.end_tokens import end_tokens
 from longrope_export.evaluate.needle import (
     Question,
     beginning,
@@ -251,3 +253,40 @@ def test_answers_are_what_transformers_generates(root: Path, name: str) -> None:
         text += made
     assert generation.sequence.length == len(text) - 1
     assert generation.read[0] + generation.made[0] == len(text) - 1
+
+
+def test_an_end_token_ends_an_answer(tmp_path: Path) -> None:
+    runtime, question = Scripted(tmp_path), Question("?", ("42",))
+    generation = Generation(runtime, runtime.start(), end_tokens(tmp_path))
+    made, text = generation.answer([1], 12, question.is_answered)
+    assert (made, text) == ([2, 3], "42") and question.score(text) == (2, 1)
+    assert generation.answer([1, 1], 2, question.is_answered) == ([4, 4], "99")
+    assert runtime.read == [1, 2, 3, 1, 1, 4]  # the end token is not read
+    runtime._answers = [0]
+    assert generation.answer([1], 2, question.is_answered) == ([], "")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config.json": {"eos_token_id": [5, 6]}, "config.json": {"eos_token_id": 7}}, {5, 6}),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": 7}}, {7}),
+        ({"config.json": {"text_config": {"eos_token_id": 8}}}, {8}),
+        ({"genai_config.json": {"model": {"eos_token_id": 0}}}, {0}),
+        ({"config.json": {"eos_token_id": None}}, set()),
+        ({}, set()),
+    ],
+)  # fmt: skip
+def test_what_names_end_tokens(files: dict[str, Any], expected: set[int], tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert end_tokens(tmp_path) == expected
+
+
+def test_end_tokens_of_the_same_model(root: Path, tmp_path: Path) -> None:
+    gguf = tmp_path / "m.gguf"
+    GgufConverter(GgufOptions(outtype="f32", pre="gpt-2")).convert(
+        load_model(root / "m"), None, gguf, lambda _: None
+    )
+    assert end_tokens(root / "m") == end_tokens(root / "m-onnx") == end_tokens(gguf) == {1}
+    assert end_tokens("http://127.0.0.1:1") == set()

@@ -6,13 +6,14 @@ import json
 import shutil
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from evaluated import HELP, make_root
+from evaluated import HELP, Scripted, make_root
 from rich.console import Console
 from tiny_models import edit_json
 
@@ -393,3 +394,11 @@ def test_tags_and_groups_are_refused_with_what_is_in_them(
         assert result.exit_code == 2, result.output
         assert f"--tasks {name}: " in result.output and f"give {inside}\n" in result.output
     assert not (tmp_path / "x.json").exists()
+
+
+def test_an_end_token_ends_a_generated_answer(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from longrope_export.evaluate.lm_eval_model import RuntimeLM
+
+    request = SimpleNamespace(args=("q", {"until": ["\n"], "max_gen_toks": 6}))
+    assert RuntimeLM(Scripted(tmp_path), 512).generate_until([request]) == ["42"]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from longrope_export.errors import ConfigError, ModelError
+from longrope_export.evaluate.end_tokens import end_tokens
 from longrope_export.evaluate.memory_use import PeakMemory
 from longrope_export.evaluate.needle import (
     KINDS,
@@ -55,6 +56,7 @@ class Session:
         self._length = 0
         self._runtime: Runtime | None = None
         self._tokens: dict[str, list[int]] = {}
+        self._ends = frozenset[int]()  # of the runtime
 
     def open(self, subject: Subject, length: int) -> Runtime:
         """The runtime of a subject; the one before it is closed where it has to be."""
@@ -69,6 +71,7 @@ class Session:
             context, threads=self.options.threads, build=self.options.build
         )
         self._subject, self._length = subject, length
+        self._ends = end_tokens(self._runtime.info.path)
         return self._runtime
 
     def close(self) -> None:
@@ -177,7 +180,7 @@ class Session:
             return tokenize(runtime, text)
 
         sequence = runtime.start(declared_length=cell.length, chunk_size=READ_CHUNK)
-        generation = Generation(runtime, sequence)
+        generation = Generation(runtime, sequence, self._ends)
         answers, digits, numbers = [], 0, 0
         for number, question in enumerate(puzzle.questions):
             given = continuation(question.text, ids) if number else prompt
