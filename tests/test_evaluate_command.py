@@ -172,6 +172,7 @@ def test_wrong_use(root: Path, tmp_path: Path) -> None:
         (("m", "--text", "latin.txt"), "cannot be read as UTF-8"),
         (("m",), "need a --text"),
         (("m-onnx", *text, "--lengths", 4096), "made for 2000 tokens, --lengths has 4096"),
+        ((f"genai={root / 'm-onnx'}", *text), "made for 2000 tokens, --lengths has 4096"),
         (("m-onnx", *text, "--factors", "f.json"), "--factors are put on models"),
         (("m", *text, "--lengths", "8,x"), "expected whole numbers with commas"),
         (("m", *text, "--lengths", "64", "--stride", 65), "--stride must be 1 to 64"),

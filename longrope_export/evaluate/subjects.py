@@ -11,7 +11,7 @@ from pathlib import Path
 
 from longrope_export.config import LongRopeConfig
 from longrope_export.definition import to_json
-from longrope_export.errors import ConfigError
+from longrope_export.errors import ConfigError, ModelError
 from longrope_export.factor_files import read_factors
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.base import Runtime
@@ -169,13 +169,24 @@ def _subject(export: Export, label: str) -> Subject:
 
         return Subject(label, export, read_config(export.path), True, sha256)
     if export.runtime == "genai":
-        return Subject(label, export, None, False, sha256)
+        config = _config_if_ours(export.path)
+        return Subject(label, export, config, config is not None, sha256)
     model = load_model(export.path)
     bounded = model.is_extended
     note = None
     if not bounded:
         note = f"carries no definition: it is run as it is, trained for {model.window} tokens"
     return Subject(label, export, model.native, bounded, sha256, note=note)
+
+
+def _config_if_ours(folder: Path) -> LongRopeConfig | None:
+    """What an ONNX folder was exported with; None for one that somebody else made."""
+    from longrope_export.onnx_metadata import read_config
+
+    try:
+        return read_config(folder)
+    except ModelError:
+        return None
 
 
 def _vocabulary(export: Export) -> int | None:
