@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +119,30 @@ def test_begun_anew_only_when_there_is_something_new(tmp_path: Path) -> None:
         assert [journal.find(cell, "id") for cell in cells] == [{"loss": 2}] * 2
 
 
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from longrope_export.errors import OutputError
+from longrope_export.evaluate.run import open_journal
+from longrope_export.evaluate.settings import Cell, Settings, Text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+most = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+try:
+    with open_journal(Path(sys.argv[1]), Settings((2,)), [Text("a", "b")]) as journal:
+        journal.add(Cell("perplexity", "m", 2, "a"), "id", {"x": "y" * 800})
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("most", [10, 600])  # bytes that a file may have: in its head, in a cell
+def test_a_full_disk_is_said(tmp_path: Path, most: int) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "j"), str(most)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 0 and "cannot write" in said.stdout, said.stderr
+
+
 # the command
 
 
@@ -179,6 +205,10 @@ def test_wrong_use(root: Path, tmp_path: Path) -> None:
         (("m", *text, "--lengths", "64", "--tokens", 63), "--tokens must be at least"),
         (("m", *text, "--passkey", "--depths", "2"), "--depths must be from 0 to 1"),
         (("nothing", *text), "expected a GGUF"),
+        (
+            ("m", *text, "--no-perplexity", "--needle", "--keys", 0, "--values", 0),
+            "nothing to measure",
+        ),
         (("m", *text, "--limit", 3), "--limit belongs to --tasks: here it would be ignored"),
         (("m", *text, "--include-path", root), "--include-path belongs to --tasks"),
         (("m", *text, "--needle", "--depths", "0.3"), "--depths belongs to --passkey"),

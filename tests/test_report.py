@@ -21,6 +21,7 @@ from longrope_export.definition import dump_factors
 from longrope_export.factor_files import read_factors
 from longrope_export.ladder import make_config
 from longrope_export.models.model import load_model
+from longrope_export.report.drawing import inline_svg
 from longrope_export.report.figures import make_plots
 from longrope_export.report.inputs import ReportInputs, read_inputs
 from longrope_export.report.model_card import make_model_card
@@ -253,6 +254,18 @@ def test_what_comes_from_files_is_text(root: Path, tmp_path: Path, open_page: An
     assert values["plots"] and "CONSOLE" not in console and not requests_of(log)
     card = (tmp_path / "README.md").read_text()
     assert card.split("---\n")[2].startswith("\n# \\<script\\>")
+
+
+@pytest.mark.parametrize("label", [r"m $\bad$", "a$_$b", "one $"])
+def test_dollars_are_no_mathematics(root: Path, label: str) -> None:
+    results = json.loads((root / "results.json").read_text())
+    for cell in results["cells"]:
+        if cell["model"] == "m":
+            cell["model"] = label
+    results["models"][0]["label"] = label
+    plots = {p.name: p for p in make_plots(ReportInputs(results=[("r", results)]))}
+    for name in ("perplexity-1", "position-512-1", "multikey-1"):
+        assert f">{label}</text>" in inline_svg(plots[name])
 
 
 def test_plots_as_files(root: Path, tmp_path: Path) -> None:

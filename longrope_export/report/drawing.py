@@ -55,6 +55,11 @@ def new_figure(size: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, 1, sharex=True)
 
 
+def as_label(text: str) -> str:
+    """A text of files as matplotlib is to show it: dollars are no mathematics."""
+    return text.replace("$", r"\$")
+
+
 def save_png(figure: Any, output: Path) -> None:
     """Write a figure as it is, 150 dpi.
 
