@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import pydoc_data.topics
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from test_longrope_tools import Server
 from test_onnx import export
 from test_patched_llama_cpp import BORDERS, Toy, convert
 from tiny_models import add_sentencepiece, make_model
@@ -63,6 +65,41 @@ def test_one_model_in_three_formats(toy: Toy, rule: str, tmp_path: Path) -> None
     assert abs(without["loss"] / expected["loss"] - 1) > 2e-3
     answers = [cells_of(results, "passkey", m, TARGET)[0]["answers"] for m in (ours, *others)]
     assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.fixture
+def subject(toy: Toy, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The toy without factors, for a runtime."""
+    if request.param == "server":
+        program = require_binaries(("llama-server",), build=True) / "llama-server"
+        server = Server(program, toy.plain, tmp_path, [])
+        try:
+            server.wait()
+            yield server.url
+        finally:
+            server.process.terminate()
+            server.process.wait(10)
+        return
+    path = toy.plain if request.param == "llama.cpp-stock" else toy.folder
+    if request.param == "genai":
+        path = export(toy.folder, None, tmp_path / "onnx")
+    yield f"{request.param}={path}"
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(
+    "subject", ["llama.cpp-stock", "transformers-stock", "genai", "server"], indirect=True
+)
+def test_other_runtimes_say_the_same(toy: Toy, subject: str, tmp_path: Path) -> None:
+    (tmp_path / "help.txt").write_text(HELP)
+    words = [subject, toy.folder, "--text", tmp_path / "help.txt", "--lengths", 200]
+    result = CliRunner().invoke(
+        main, ["evaluate", *map(str, words), "--threads", "1", "-o", str(tmp_path / "r.json")]
+    )
+    assert result.exit_code == 0, result.output
+    one, other = cells_of(read_results(tmp_path / "r.json"), "perplexity")
+    assert one["tokens_sha256"] == other["tokens_sha256"]
+    assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-3)
 
 
 def test_length_of_one_window_is_not_written_to_the_disk(toy: Toy) -> None:
