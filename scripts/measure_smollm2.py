@@ -6,7 +6,8 @@
 
 Fetches SmolLM2 where it is missing. One length and variant after the other, in any order and in as many
 runs as one likes: what is finished is kept in --work, and the table holds all of it. Before each part
-stands what it will roughly take; a pass over 32768 tokens costs some 15 minutes of two old cores.
+stands what it will roughly take; a pass over 32768 tokens costs some 15 minutes of two old cores. What
+two variants compute alike (a ladder below its first border, and the model as trained) is run once.
 The block `evaluation` of README.md, where there is one, gets the same table.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from longrope_export.evaluate.journal import Journal
 from longrope_export.evaluate.results import make_results, markdown_table, tables
 from longrope_export.evaluate.run import evaluate, open_journal
 from longrope_export.evaluate.session import Options
-from longrope_export.evaluate.settings import Cell, Settings, Text
+from longrope_export.evaluate.settings import PERPLEXITY, Cell, Settings, Text, make_cells
 from longrope_export.evaluate.subjects import Subject, make_subjects
 from longrope_export.factor_files import read_factors
 from longrope_export.ladder import make_config
@@ -42,8 +43,10 @@ from longrope_export.report.drawing import Plot, save_plots
 from longrope_export.report.figures import by_length
 from longrope_export.runtimes.open import parse_export
 from scripts.readme import has_block, write_block
+from scripts.twins import take_twins
 
 ROOT = Path(__file__).parent.parent
+BLOCK = "evaluation"  # of README.md
 CONSOLE = Console(stderr=True)
 TARGET = 32768
 LADDER = "every:4096"
@@ -86,42 +89,127 @@ def make_variants(folder: Path, names: Sequence[str]) -> list[Subject]:
         if config is None:
             found.append(replace(plain, label=label))
         else:
-            path = folder.parent / f"{name.partition('=')[0]}.json"
-            write_text(path, dump_factors(config))
             found.append(replace(plain, label=label, definition=config, bounded=True, note=None))
     return found
 
 
-def finished(journal: Journal, subjects: Sequence[Subject], tokens: int) -> list[tuple[Cell, Any]]:
-    """Every cell of any run so far, at this number of tokens, by variant and length."""
+def earlier_variants(journal: Journal, work: Path) -> list[str]:
+    """`name=f.json` of the variants of one's own that earlier runs have measured."""
+    measured = dict.fromkeys(cell.model for cell in journal.cells())
+    files = {label: work / f"{label}.json" for label in measured if label not in VARIANTS.values()}
+    return [f"{label}={file}" for label, file in files.items() if file.is_file()]
+
+
+def finished(
+    journal: Journal, subjects: Sequence[Subject], texts: Sequence[Text], tokens: int
+) -> list[tuple[Cell, Any]]:
+    """Every cell of any run so far, of these texts at this number of tokens, by variant and length."""
     known = {subject.label: place for place, subject in enumerate(subjects)}
+    names = [text.name for text in texts]
     cells = [
         cell
         for cell in journal.cells()
-        if cell.model in known and cell.num_tokens in (None, tokens)
+        if cell.model in known and cell.text in names and cell.num_tokens in (None, tokens)
     ]
     cells.sort(key=lambda cell: (known[cell.model], cell.length, cell.task, cell.trial or 0))
     return [(cell, journal.find(cell, subjects[known[cell.model]].identity)) for cell in cells]
 
 
-def write_documents(results: dict[str, Any], tokens: int) -> None:
-    """docs/evaluation.md and .png, and the part of the README, where it has one."""
+def estimate(cell: Cell, measured: Sequence[tuple[Cell, Any]]) -> float:
+    """Seconds that a cell will roughly take.
+
+    By the passes of this length that were measured, else by those of two old cores: 100 seconds for
+    8192 tokens, 930 for 32768.
+    """
+    seconds = [
+        r["seconds"] / _passes(other) for other, r in measured if other.length == cell.length
+    ]
+    x = cell.length / 8192
+    one = sum(seconds) / len(seconds) if seconds else 56 * x + 44 * x * x
+    return one * _passes(cell)
+
+
+def _passes(cell: Cell) -> int:
+    return -(-(cell.num_tokens or cell.length) // cell.length) if cell.task == PERPLEXITY else 1
+
+
+def measure(
+    subjects: Sequence[Subject],
+    everything: Sequence[Subject],
+    texts: Sequence[Text],
+    settings: Settings,
+    journal: Journal,
+    *,
+    twins: bool = True,
+    options: Options | None = None,
+) -> None:
+    """Run what is missing, variant by variant and length by length.
+
+    Args:
+        everything: variants that may have been measured before, `subjects` among them.
+        twins: take what another variant has computed alike.
+
+    Raises:
+        LongRopeError: as evaluate.
+    """
+    tokens = settings.num_tokens
+    for subject in subjects:
+        for length in settings.lengths:
+            part = replace(settings, lengths=(length,), tokens=tokens)
+            cells = make_cells(part, [subject.label], texts)
+            if twins:
+                for cell, label in take_twins(journal, subject, everything, cells):
+                    CONSOLE.print(f"{cell}: as {label}", highlight=False)
+            known = finished(journal, everything, texts, tokens)
+            say = _announcer({str(cell): estimate(cell, known) for cell in cells})
+            evaluate([subject], texts, part, journal, options=options, say=say)
+
+
+def _announcer(seconds: dict[str, float]) -> Callable[[str, float], None]:
+    def say(what: str, share: float) -> None:
+        if what in seconds:
+            CONSOLE.print(f"{what}: about {seconds.pop(what) / 60:.1f} minutes", highlight=False)
+
+    return say
+
+
+def write_documents(
+    results: dict[str, Any], tokens: int, *, dtype: str = "float32", root: Path = ROOT
+) -> None:
+    """docs/evaluation.md and .png, and the block of the README, where it has one."""
     shown = [table for table in tables(results) if table.title != "Speed and memory"]
     parts = []
     for table in shown:
         parts += [f"**{table.title}**, at lengths in tokens", "", markdown_table(table)]
     text = "\n".join(parts)
     names = ", ".join(t["name"] for t in results["texts"])
+    computed = "" if dtype == "float32" else f" Computed in {dtype}."
     words = (
         f"Text: {names}, its first {tokens:,} tokens in windows side by side; the hidden numbers "
-        f"stand in the same text. {results['platform']}, {results['created'][:10]}.\n"
+        f"stand in the same text.{computed} {results['platform']}, {results['created'][:10]}.\n"
     )
-    plot = "\n![Perplexity by window length](evaluation.png)\n"
-    write_text(ROOT / "docs" / "evaluation.md", f"{HEAD}{text}\n{words}{plot}")
-    save_plots([Plot("evaluation", "perplexity", "", lambda: by_length(results))], ROOT / "docs")
-    (ROOT / "docs" / "evaluation.svg").unlink()
-    if has_block("evaluation"):
-        write_block("evaluation", text)
+    plot = "![Perplexity by window length]"
+    page = f"{HEAD}{text}\n{words}\n{plot}(evaluation.png)\n"
+    write_text(root / "docs" / "evaluation.md", page)
+    save_plots([Plot("evaluation", "perplexity", "", lambda: by_length(results))], root / "docs")
+    (root / "docs" / "evaluation.svg").unlink()
+    readme = root / "README.md"
+    if has_block(BLOCK, readme):
+        write_block(BLOCK, f"{text}\n{plot}(docs/evaluation.png)", readme)
+
+
+def prepare(work: Path, text: Path | None) -> tuple[Path, Text]:
+    """The model as a folder in float32, fetched where it is missing, and the text."""
+    work.mkdir(parents=True, exist_ok=True)
+    folder = work / "smollm2"
+    if not folder.exists():
+        source = load_model(fetch_smollm2(CONSOLE.print))
+        options = SafetensorsOptions(dtype="f32")
+        SafetensorsConverter(options).convert(source, None, folder, lambda _: None)
+    if text is not None:
+        return folder, Text(text.name, text.read_text(encoding="utf-8"))
+    write_help_text(work / "help.txt")
+    return folder, Text("Python's help topics", (work / "help.txt").read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -139,26 +227,24 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work", type=Path, default=cache_folder() / "measure-smollm2")
+    parser.add_argument(
+        "--no-twins", action="store_true", help="run everything, even what is computed alike"
+    )
     parser.add_argument("--no-write", action="store_true", help="leave docs/ and README.md alone")
     arguments = parser.parse_args()
     work: Path = arguments.work
-    work.mkdir(parents=True, exist_ok=True)
-    folder = work / "smollm2"
-    if not folder.exists():
-        source = load_model(fetch_smollm2(CONSOLE.print))
-        options = SafetensorsOptions(dtype="f32")
-        SafetensorsConverter(options).convert(source, None, folder, lambda _: None)
-    text = arguments.text or work / "help.txt"
-    if arguments.text is None:
-        write_help_text(text)
-    texts = [
-        Text("Python's help topics" if arguments.text is None else text.name, text.read_text())
-    ]
     chosen = [name for name in arguments.variants.split(",") if name]
-    unknown = [name for name in chosen if "=" not in name and name not in VARIANTS]
-    if unknown:
-        parser.error(f"unknown variant {unknown[0]}")
+    for name in chosen:
+        label, given, _ = name.partition("=")
+        taken = label in (*VARIANTS, *VARIANTS.values())
+        if taken if given else label not in VARIANTS:
+            parser.error(
+                f"variant {name}: expected one of {', '.join(VARIANTS)}, or NEW-NAME=f.json"
+            )
     own = [name for name in chosen if "=" in name]
+
+    folder, text = prepare(work, arguments.text)
+    texts = [text]
 
     def subjects_of(names: Sequence[str]) -> list[Subject]:
         found = make_variants(folder, names)
@@ -173,29 +259,32 @@ def main() -> None:
         trials=arguments.trials,
     )
 
-    def say(what: str, share: float) -> None:
-        if what != say.last:  # type: ignore[attr-defined]
-            CONSOLE.print(f"{share:4.0%} {what}", highlight=False)
-        say.last = what  # type: ignore[attr-defined]
-
-    say.last = ""  # type: ignore[attr-defined]
-    everything = subjects_of([*VARIANTS, *own])
     with open_journal(work / "cells.jsonl", settings, texts) as journal:
-        evaluate(
-            subjects_of(chosen),
+        given = [name.partition("=")[0] for name in own]
+        earlier = [n for n in earlier_variants(journal, work) if n.partition("=")[0] not in given]
+        everything = subjects_of([*VARIANTS, *earlier, *own])
+        finished(journal, everything, texts, settings.num_tokens)  # says what is not what it was
+        for subject in everything:
+            if subject.label in given and subject.definition is not None:
+                write_text(work / f"{subject.label}.json", dump_factors(subject.definition))
+        labels = [VARIANTS.get(name, name.partition("=")[0]) for name in chosen]
+        now = [subject for label in labels for subject in everything if subject.label == label]
+        measure(
+            now,
+            everything,
             texts,
             settings,
             journal,
+            twins=not arguments.no_twins,
             options=Options(arguments.threads),
-            say=say,
         )
-        measured = finished(journal, everything, arguments.tokens)
+        measured = finished(journal, everything, texts, arguments.tokens)
     used = [s for s in everything if any(cell.model == s.label for cell, _ in measured)]
     results = make_results(used, texts, settings, measured)
     for table in tables(results):
         print(f"\n{table.title}\n\n{markdown_table(table)}", end="")
     if not arguments.no_write:
-        write_documents(results, arguments.tokens)
+        write_documents(results, arguments.tokens, dtype=arguments.dtype)
 
 
 if __name__ == "__main__":

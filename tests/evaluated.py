@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pydoc_data.topics
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from test_onnx import export
@@ -45,3 +47,36 @@ def make_root(folder: Path) -> Path:
     export(source, config, folder / "m-onnx")
     (folder / "help.txt").write_text(HELP)
     return folder
+
+
+class Scripted:
+    """A runtime that answers `4`, `2`, an end token, `9`, whatever it reads; `read` is what it was given.
+
+    Args:
+        path: a folder that names token 0 as its end.
+    """
+
+    words = ("<eos>", "q", "4", "2", "9")
+
+    def __init__(self, path: Path) -> None:
+        (path / "generation_config.json").write_text('{"eos_token_id": 0}')
+        self.info = SimpleNamespace(log_probabilities=None, path=path, name="stub", precision="-")
+        self.read: list[int] = []
+        self._answers = [2, 3, 0, 4, 4, 4, 4, 4]
+
+    def start(self, **_: Any) -> Scripted:
+        return self
+
+    @property
+    def length(self) -> int:
+        return len(self.read)
+
+    def append(self, tokens: Any, keep: int | None = None) -> Any:
+        self.read += list(tokens)
+        return np.eye(len(self.words), dtype=np.float32)[[self._answers.pop(0)]]
+
+    def tokenize(self, text: str) -> list[int]:
+        return [self.words.index(character) for character in text if character in self.words]
+
+    def detokenize(self, tokens: Any) -> str:
+        return "".join(self.words[token] for token in tokens if token)  # no special tokens

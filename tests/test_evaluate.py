@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from evaluated import HELP, ladder, make_root
+from evaluated import HELP, Scripted, ladder, make_root
 
+from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_export.errors import ConfigError
-from longrope_export.evaluate.needle import Question, continuation, fit_prompt, make_puzzle
+from longrope_export.evaluate.end_tokens import end_tokens
+from longrope_export.evaluate.needle import (
+    Question,
+    beginning,
+    continuation,
+    fit_prompt,
+    make_puzzle,
+)
 from longrope_export.evaluate.perplexity import make_windows, score_text
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation
 from longrope_export.evaluate.settings import Cell, Settings, make_cells
@@ -51,6 +59,24 @@ def test_every_token_is_scored_once_with_what_the_window_allows(
     assert len(seen) == len(set(seen))
     missing = set(range(tokens)) - set(seen)
     assert missing == set(range(0, tokens - tokens % length, length) if stride == length else [0])
+
+
+def test_special_tokens_take_the_first_places_of_a_window(root: Path) -> None:
+    """Side by side and sliding, against plain torch; each window has `length` tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "m", dtype=torch.float32)
+    runtime, special = HfModel(root / "m"), [7, 9]
+    tokens = [*special, *runtime.tokenize(HELP)[:198]]
+    for stride in (None, 30):
+        found = score_text(runtime, tokens, 50, stride=stride, beginning=special)
+        losses, before = [], 0
+        for end in range(50, 201, stride or 50):
+            window = plain_losses(model, special + tokens[end - 48 : end])
+            losses.append(window[-min(end - before, 48) :])
+            before = end
+        assert found.scored_tokens == sum(map(len, losses))
+        assert found.loss == pytest.approx(torch.cat(losses).double().mean().item(), rel=1e-6)
+    with pytest.raises(ConfigError, match="no room behind the 2 special tokens"):
+        make_windows(10, 2, 1, num_special=2)
 
 
 def test_windows_out_of_range() -> None:
@@ -203,6 +229,8 @@ def test_several_values_count_in_any_order() -> None:
 def test_a_later_question_has_no_beginning_of_text() -> None:
     assert continuation("cd", lambda text: [1, *map(ord, text)]) == [99, 100]
     assert continuation("cd", lambda text: list(map(ord, text))) == [99, 100]
+    words = {"the": [3], "a": [9, 4], "b": [9, 5], "The": [9, 6]}  # 9 is SentencePiece's space
+    assert beginning(lambda text: [1, *words[text], 2]) == [1]
 
 
 @pytest.mark.parametrize("name", ["m", "m-onnx"])
@@ -225,3 +253,40 @@ def test_answers_are_what_transformers_generates(root: Path, name: str) -> None:
         text += made
     assert generation.sequence.length == len(text) - 1
     assert generation.read[0] + generation.made[0] == len(text) - 1
+
+
+def test_an_end_token_ends_an_answer(tmp_path: Path) -> None:
+    runtime, question = Scripted(tmp_path), Question("?", ("42",))
+    generation = Generation(runtime, runtime.start(), end_tokens(tmp_path))
+    made, text = generation.answer([1], 12, question.is_answered)
+    assert (made, text) == ([2, 3], "42") and question.score(text) == (2, 1)
+    assert generation.answer([1, 1], 2, question.is_answered) == ([4, 4], "99")
+    assert runtime.read == [1, 2, 3, 1, 1, 4]  # the end token is not read
+    runtime._answers = [0]
+    assert generation.answer([1], 2, question.is_answered) == ([], "")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config.json": {"eos_token_id": [5, 6]}, "config.json": {"eos_token_id": 7}}, {5, 6}),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": 7}}, {7}),
+        ({"config.json": {"text_config": {"eos_token_id": 8}}}, {8}),
+        ({"genai_config.json": {"model": {"eos_token_id": 0}}}, {0}),
+        ({"config.json": {"eos_token_id": None}}, set()),
+        ({}, set()),
+    ],
+)  # fmt: skip
+def test_what_names_end_tokens(files: dict[str, Any], expected: set[int], tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert end_tokens(tmp_path) == expected
+
+
+def test_end_tokens_of_the_same_model(root: Path, tmp_path: Path) -> None:
+    gguf = tmp_path / "m.gguf"
+    GgufConverter(GgufOptions(outtype="f32", pre="gpt-2")).convert(
+        load_model(root / "m"), None, gguf, lambda _: None
+    )
+    assert end_tokens(root / "m") == end_tokens(root / "m-onnx") == end_tokens(gguf) == {1}
+    assert end_tokens("http://127.0.0.1:1") == set()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from evaluated import HELP, make_root
+from evaluated import HELP, Scripted, make_root
 from rich.console import Console
 from tiny_models import edit_json
 
@@ -117,6 +119,30 @@ def test_begun_anew_only_when_there_is_something_new(tmp_path: Path) -> None:
         assert [journal.find(cell, "id") for cell in cells] == [{"loss": 2}] * 2
 
 
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from longrope_export.errors import OutputError
+from longrope_export.evaluate.run import open_journal
+from longrope_export.evaluate.settings import Cell, Settings, Text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+most = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+try:
+    with open_journal(Path(sys.argv[1]), Settings((2,)), [Text("a", "b")]) as journal:
+        journal.add(Cell("perplexity", "m", 2, "a"), "id", {"x": "y" * 800})
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("most", [10, 600])  # bytes that a file may have: in its head, in a cell
+def test_a_full_disk_is_said(tmp_path: Path, most: int) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "j"), str(most)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 0 and "cannot write" in said.stdout, said.stderr
+
+
 # the command
 
 
@@ -172,12 +198,17 @@ def test_wrong_use(root: Path, tmp_path: Path) -> None:
         (("m", "--text", "latin.txt"), "cannot be read as UTF-8"),
         (("m",), "need a --text"),
         (("m-onnx", *text, "--lengths", 4096), "made for 2000 tokens, --lengths has 4096"),
+        ((f"genai={root / 'm-onnx'}", *text), "made for 2000 tokens, --lengths has 4096"),
         (("m-onnx", *text, "--factors", "f.json"), "--factors are put on models"),
         (("m", *text, "--lengths", "8,x"), "expected whole numbers with commas"),
         (("m", *text, "--lengths", "64", "--stride", 65), "--stride must be 1 to 64"),
         (("m", *text, "--lengths", "64", "--tokens", 63), "--tokens must be at least"),
         (("m", *text, "--passkey", "--depths", "2"), "--depths must be from 0 to 1"),
         (("nothing", *text), "expected a GGUF"),
+        (
+            ("m", *text, "--no-perplexity", "--needle", "--keys", 0, "--values", 0),
+            "nothing to measure",
+        ),
         (("m", *text, "--limit", 3), "--limit belongs to --tasks: here it would be ignored"),
         (("m", *text, "--include-path", root), "--include-path belongs to --tasks"),
         (("m", *text, "--needle", "--depths", "0.3"), "--depths belongs to --passkey"),
@@ -199,6 +230,10 @@ def test_no_output_takes_the_place_of_what_is_not_ours(root: Path, tmp_path: Pat
         for options in ((), ("--force",)):
             result = run(root, *words, *options, "-o", file)
             assert result.exit_code == 2 and file.read_bytes() == before, result.output
+    for folder in (root / "m", root / "m-onnx"):
+        result = run(root, *words, "-o", folder / "results.json")
+        assert result.exit_code == 2 and "choose another folder" in result.output
+        assert not [*folder.glob("results*")]
     for content in ("[1]", '{"format": "notes"}', "caf\xe9"):
         notes = tmp_path / "notes.json"
         notes.write_text(content, encoding="latin-1")
@@ -344,7 +379,7 @@ def test_tasks_score_as_lm_eval_alone(root: Path, task_folder: Path, tmp_path: P
     bits = theirs["toy_rolling"]["bits_per_byte,none"] * len(HELP[:4000].encode())
     tokens = tokenizer(HELP[:4000]).input_ids
     ours = score_text(HfModel(root / "m"), tokens, 256)
-    assert ours.loss == pytest.approx(bits * math.log(2) / len(tokens), rel=1e-2)
+    assert ours.perplexity == pytest.approx(2 ** (bits / len(tokens)), rel=1e-2)
 
 
 def test_changed_tasks_are_not_taken_from_the_journal(
@@ -374,3 +409,27 @@ def test_unknown_tasks(root: Path, task_folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "which has toy_choice, toy_rolling" in result.output
     result = run(root, "m", "--tasks", "hellaswag", *out)
     assert result.exit_code == 2 and "--include-path" in result.output
+
+
+def test_tags_and_groups_are_refused_with_what_is_in_them(
+    root: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    """Refused before anything is measured: what they report is no number of one task."""
+    rolling = task_folder / "rolling.yaml"
+    rolling.write_text(rolling.read_text() + "tag: toy_tag\n")
+    members = "- toy_rolling\n  - task: toy_choice\n    num_fewshot: 1\n"
+    (task_folder / "group.yaml").write_text(f"group: toy_group\ntask:\n  {members}")
+    for name, inside in (("toy_tag", "toy_rolling"), ("toy_group", "toy_choice,toy_rolling")):
+        words = ("m", "--tasks", f"toy_choice,{name}", "--include-path", task_folder)
+        result = run(root, *words, "-o", tmp_path / "x.json")
+        assert result.exit_code == 2, result.output
+        assert f"--tasks {name}: " in result.output and f"give {inside}\n" in result.output
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_an_end_token_ends_a_generated_answer(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from longrope_export.evaluate.lm_eval_model import RuntimeLM
+
+    request = SimpleNamespace(args=("q", {"until": ["\n"], "max_gen_toks": 6}))
+    assert RuntimeLM(Scripted(tmp_path), 512).generate_until([request]) == ["42"]

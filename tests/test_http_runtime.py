@@ -375,6 +375,14 @@ def test_evaluate_on_a_server(server: Vllm, folder: Path, tmp_path: Path) -> Non
     there, plain, here = (cells[name] for name in (server.url, "m", "m + f"))
     assert there["loss"] == pytest.approx(here["loss"], rel=1e-5)
     assert there["peak_memory_bytes"] is None and plain["loss"] != here["loss"]
+    again = CliRunner().invoke(main, words)
+    assert again.exit_code == 0, again.output
+    before = len(server.requests)
+    served = {"id": "tiny", "root": "another", "max_model_len": TARGET}
+    server.answers["/v1/models"] = (200, json.dumps({"data": [served]}))
+    changed = CliRunner().invoke(main, words)
+    assert changed.exit_code == 2 and "is not what was measured there" in changed.output
+    assert len(server.requests) == before
     words = ["evaluate", server.url, *words[5:-1], str(tmp_path / "alone.json")]
     alone = CliRunner().invoke(main, words)
     assert alone.exit_code == 2 and "does not say how many tokens" in alone.output

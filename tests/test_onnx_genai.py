@@ -15,6 +15,7 @@ from tiny_models import CHAT_TEMPLATE, add_bpe_tokenizer, edit_json
 
 from longrope_converters.to_onnx.convert import OnnxConverter, OnnxOptions
 from longrope_export.config import LongRopeConfig, SwitchPolicy
+from longrope_export.errors import ModelError
 from longrope_export.honours import Verdict
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.genai import GenaiModel
@@ -146,3 +147,10 @@ def test_threads_are_as_many_as_asked_for(exported: Path) -> None:
 
     one = started(1)
     assert started(4) == one + 3
+
+
+def test_more_tokens_than_fit_are_our_error(exported: Path) -> None:
+    with pytest.raises(ModelError, match="onnxruntime-genai cannot run a sequence"):
+        GenaiModel(exported, max_length=20).start().append(tokens(30))
+    with pytest.raises(ModelError, match="onnxruntime-genai cannot run a sequence"):
+        GenaiModel(exported).start(declared_length=10**9)

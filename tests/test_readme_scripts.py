@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,11 @@ def test_the_readme_has_its_blocks_and_they_are_not_empty(name: str) -> None:
     assert name in PARTS and has_block(name)
     block = README.read_text(encoding="utf-8").partition(f"{name}: begin -->")[2]
     assert block.partition("<!--")[0].count("\n|") >= 3
+
+
+def test_every_block_of_the_readme_is_written_by_a_part() -> None:
+    blocks = re.findall(r"<!-- (\S+): begin -->", README.read_text(encoding="utf-8"))
+    assert {"demo", "speed", "parity"} <= set(blocks) <= set(PARTS)
 
 
 def test_a_table_is_markdown() -> None:

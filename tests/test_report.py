@@ -21,6 +21,7 @@ from longrope_export.definition import dump_factors
 from longrope_export.factor_files import read_factors
 from longrope_export.ladder import make_config
 from longrope_export.models.model import load_model
+from longrope_export.report.drawing import inline_svg
 from longrope_export.report.figures import make_plots
 from longrope_export.report.inputs import ReportInputs, read_inputs
 from longrope_export.report.model_card import make_model_card
@@ -184,6 +185,22 @@ def test_the_tests_above_would_see_requests_and_errors(
     assert not requests_of(log) and console.count("CONSOLE") == 2
 
 
+def test_closed_details_are_on_paper(page: Path, tmp_path: Path) -> None:
+    """As many pages as with open ones."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    closed = re.sub("(<details>.*?</details>)", r"\1" * 30, page.read_text(), flags=re.DOTALL)
+    pages = []
+    for text in (closed, closed.replace("<details>", "<details open>")):
+        shown, printed = tmp_path / "page.html", tmp_path / "page.pdf"
+        shown.write_text(text)
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+        command += [f"--print-to-pdf={printed}", shown.as_uri()]
+        subprocess.run(command, capture_output=True, check=True, timeout=120)
+        pages.append(len(re.findall(rb"/Type /Page\b", printed.read_bytes())))
+    assert pages[0] == pages[1] > 10
+
+
 def test_dark_and_narrow(page: Path, tmp_path: Path, open_page: Any) -> None:
     light, _, _ = open_page(page, "--blink-settings=preferredColorScheme=1")
     dark, _, _ = open_page(page, "--blink-settings=preferredColorScheme=0")
@@ -239,6 +256,18 @@ def test_what_comes_from_files_is_text(root: Path, tmp_path: Path, open_page: An
     assert card.split("---\n")[2].startswith("\n# \\<script\\>")
 
 
+@pytest.mark.parametrize("label", [r"m $\bad$", "a$_$b", "one $"])
+def test_dollars_are_no_mathematics(root: Path, label: str) -> None:
+    results = json.loads((root / "results.json").read_text())
+    for cell in results["cells"]:
+        if cell["model"] == "m":
+            cell["model"] = label
+    results["models"][0]["label"] = label
+    plots = {p.name: p for p in make_plots(ReportInputs(results=[("r", results)]))}
+    for name in ("perplexity-1", "position-512-1", "multikey-1"):
+        assert f">{label}</text>" in inline_svg(plots[name])
+
+
 def test_plots_as_files(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "plots"
     run(root, "report", "results.json", "certificate.json", "--plots", str(folder))
@@ -248,6 +277,31 @@ def test_plots_as_files(root: Path, tmp_path: Path) -> None:
         content = file.read_bytes()
         assert content.startswith(b"\x89PNG" if file.suffix == ".png" else b"<?xml")
         assert len(content) > 4000
+
+
+def test_what_report_did_not_write_is_not_replaced(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    outputs = {
+        "-o": tmp_path / "report.html",
+        "--model-card": tmp_path / "README.md",
+        "--plots": tmp_path / "plots",
+    }
+    files = [tmp_path / "report.html", tmp_path / "README.md"]
+    files += [tmp_path / "plots" / f"perplexity-1.{suffix}" for suffix in ("png", "svg")]
+    for file in files:
+        file.write_text("# Somebody's project")
+        words = [str(word) for option in outputs.items() for word in option]
+        result = run(root, "report", "results.json", *words, code=2)
+        assert "`report` did not write it" in result.output and "--force" in result.output
+        assert file.read_text() == "# Somebody's project"
+        assert sum(other.exists() for other in files) == 1
+        file.unlink()
+    notes = tmp_path / "plots" / "notes.txt"
+    notes.write_text("kept")
+    files[1].write_text("# Somebody's project")
+    run(root, "report", "results.json", *words, "--force")
+    run(root, "report", "results.json", *words)  # its own are replaced
+    assert all(file.is_file() for file in files) and notes.read_text() == "kept"
 
 
 def test_what_the_report_says_to_run_runs(root: Path, tmp_path: Path) -> None:
@@ -264,7 +318,18 @@ def test_what_the_report_says_to_run_runs(root: Path, tmp_path: Path) -> None:
         "path": str(tmp_path / "remote"),
         "config": None,
     }
-    for line in (*lines, how_to_run(export)):
+    gguf, baked = tmp_path / "plain.gguf", tmp_path / "baked.gguf"
+    for output, options in ((gguf, ()), (baked, ("--factors", str(root / "yarn.json")))):
+        words = ["gguf", str(root / "m"), "-o", str(output), *options]
+        words += ["--outtype", "f32", "--pre", "gpt-2"]
+        made = CliRunner().invoke(main, words)
+        assert made.exit_code == 0, made.output
+    live = {"runtime_name": "transformers", "config": None, "note": None}
+    files = [
+        {**live, "path": str(gguf), "factors": str(root / "pi.json")},
+        {**live, "path": str(baked), "factors": None},
+    ]
+    for line in (*lines, how_to_run(export), *map(how_to_run, files)):
         exec(line, {})
 
 
@@ -288,6 +353,24 @@ def test_a_hub_reads_the_model_card(root: Path, tmp_path: Path) -> None:
     assert "## Numerical parity" in text and "## How to run it" in text and "OnnxModel" in text
     for image in re.findall(r"!\[[^]]*\]\((\S+)\)", text):
         assert (tmp_path / image).is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "library", "tags"),
+    [
+        (("transformers", "transformers-stock"), True, set()),
+        (("transformers", "server"), False, set()),
+        (("server",), False, set()),
+        (("llama.cpp-stock", "genai", "transformers"), False, {"gguf", "onnx"}),
+    ],
+)
+def test_a_card_names_the_library_that_runs_all(
+    names: tuple[str, ...], library: bool, tags: set[str]
+) -> None:
+    results = {"models": [{"runtime_name": n, "label": n, "config": None, "path": n, "note": "x"} for n in names], "cells": []}  # fmt: skip
+    lines = make_model_card(ReportInputs(results=[("r", results)]), "toy").splitlines()
+    assert ("library_name: transformers" in lines) == library
+    assert {line[2:] for line in lines if line in ("- gguf", "- onnx")} == tags
 
 
 @pytest.mark.parametrize(

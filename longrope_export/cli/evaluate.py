@@ -121,7 +121,7 @@ def command(
     from longrope_export.evaluate.session import Options
     from longrope_export.evaluate.settings import Settings
     from longrope_export.evaluate.subjects import check_lengths, make_subjects
-    from longrope_export.outputs import check_output, write_text
+    from longrope_export.outputs import check_output, check_outside, write_text
     from longrope_export.runtimes.open import parse_export
 
     # those that a journal holds on to (--stride, --keys, --values, --seed) may be given before
@@ -148,6 +148,8 @@ def command(
     )
     exports = [parse_export(path) for path in paths]
     local = [export.path for export in exports if isinstance(export.path, Path)]
+    for model in local:
+        check_outside(output, model)  # a new file in it would make it another model
     inputs = with_contents([*texts, *factors, *local])
     check_output(output, inputs, force=force or is_results(output))
     check_output(journal_path(output), inputs, force=True)

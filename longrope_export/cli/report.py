@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from longrope_export.cli.common import CONTEXT_SETTINGS, OUTPUT_PATH, check_outputs, say
+from longrope_export.cli.common import (
+    CONTEXT_SETTINGS,
+    OUTPUT_PATH,
+    check_outputs,
+    force_option,
+    say,
+)
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -27,6 +33,7 @@ from longrope_export.cli.common import CONTEXT_SETTINGS, OUTPUT_PATH, check_outp
 @click.option("--title", help="Of page and card.")
 @click.option("--base-model", help="For the card: hub id of the model that was extended.")
 @click.option("--license", "license_", help="For the card: as hubs spell it, apache-2.0.")
+@force_option
 def command(
     inputs: tuple[Path, ...],
     output: Path | None,
@@ -35,11 +42,13 @@ def command(
     title: str | None,
     base_model: str | None,
     license_: str | None,
+    force: bool,
 ) -> None:
     """Make an HTML page, plots or a model card of what was measured.
 
     Each INPUT is results.json of `evaluate`, a certificate of `verify`, a factors file, or the folder
-    of a search run. The page needs nothing from elsewhere: no network, no script.
+    of a search run. The page needs nothing from elsewhere: no network, no script. What an earlier
+    `report` wrote is replaced; --force replaces other files too.
 
     \b
     longrope-export report results.json certificate.json f.json -o report.html
@@ -55,16 +64,23 @@ def command(
 
     from longrope_export.errors import OutputError
     from longrope_export.outputs import write_text
-    from longrope_export.report.drawing import save_plots
+    from longrope_export.report.drawing import plot_files, save_plots
     from longrope_export.report.figures import make_plots
     from longrope_export.report.html import DEFAULT_TITLE, make_page
     from longrope_export.report.inputs import read_inputs
     from longrope_export.report.model_card import make_model_card
+    from longrope_export.report.ours import check_ours
 
     found = read_inputs(inputs)
     read = [file for path in inputs for file in ([path] if path.is_file() else path.iterdir())]
     check_outputs({"-o": output, "--model-card": model_card}, read)
     made = make_plots(found)
+    files = {
+        "-o": [output] if output else [],
+        "--model-card": [model_card] if model_card else [],
+        "--plots": plot_files(made, plots) if plots else [],
+    }
+    check_ours(files, force=force)
     name = title or DEFAULT_TITLE
     page = make_page(found, made, name) if output else None
     images: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -57,7 +58,7 @@ class Journal:
         try:
             self._read(settings, texts, fresh)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def _read(self, settings: dict[str, Any], texts: dict[str, str], fresh: bool) -> None:
@@ -94,7 +95,6 @@ class Journal:
         elif new := {name: sha for name, sha in texts.items() if name not in self._texts}:
             self._write({"texts": new})
         self._texts.update(texts)
-        self._file.flush()
 
     def _parse(self, line: bytes) -> dict[str, Any]:
         try:
@@ -141,9 +141,9 @@ class Journal:
         measured, result = self._done[cell]
         if measured != identity:
             raise OutputError(
-                f"{self.path}: {cell.model} is not what was measured there (its files, its factors or "
-                "its runtime have changed, or for --tasks the files in --include-path or --limit): "
-                "give another -o, or --force to begin anew"
+                f"{self.path}: {cell.model} is not what was measured there (its files, its factors, "
+                "its runtime or what the server serves have changed, or for --tasks the files in "
+                "--include-path or --limit): give another -o, or --force to begin anew"
             )
         return result
 
@@ -153,24 +153,28 @@ class Journal:
         Raises:
             OutputError: the disk is full.
         """
-        try:
-            if self._new_head is not None:
-                self._file.truncate(0)
-                self._write(self._new_head)
-                self._new_head = None
-            self._write({"cell": asdict(cell), "identity": identity, "result": result})
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
+        if self._new_head is not None:
+            self._file.truncate(0)
+            self._write(self._new_head)
+            self._new_head = None
+        self._write({"cell": asdict(cell), "identity": identity, "result": result})
         self._done[cell] = (identity, result)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror}: free some space and give the same command "
+                "again, which goes on behind the last cell that is there"
+            ) from error
 
     def close(self) -> None:
         """Let others write."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # tries again what a full disk has refused
+            self._file.close()
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:

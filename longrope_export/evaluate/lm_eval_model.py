@@ -11,7 +11,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from longrope_export.errors import ConfigError, ModelError
-from longrope_export.evaluate.needle import continuation
+from longrope_export.evaluate.end_tokens import end_tokens
+from longrope_export.evaluate.needle import beginning, continuation
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation, window_losses
 from longrope_export.gguf_format import read_header
 from longrope_export.models.torch_model import load_torch_tokenizer
@@ -32,6 +33,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
     def __init__(self, runtime: Runtime, longest: int) -> None:
         super().__init__()
         self._runtime, self._longest = runtime, longest
+        self._ends = end_tokens(runtime.info.path)
 
     @cached_property
     def eot_token_id(self) -> int:
@@ -105,7 +107,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, up to the first of the words that end them."""
+        """Greedy continuations, up to an end token or the first of the words that end them."""
         found = []
         for request in requests:
             context, options = request.args
@@ -124,7 +126,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
             def ended(text: str, until: list[str] = until) -> bool:
                 return any(word in text for word in until)
 
-            _, text = Generation(self._runtime, sequence).answer(tokens, most, ended)
+            _, text = Generation(self._runtime, sequence, self._ends).answer(tokens, most, ended)
             for word in until:
                 text = text.split(word)[0]
             found.append(text)
@@ -132,9 +134,8 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
 
 
 def _begin_token(runtime: Runtime) -> int | None:
-    tokens = runtime.tokenize("a"), runtime.tokenize("b")
-    if tokens[0] and tokens[1] and tokens[0][0] == tokens[1][0]:
-        return tokens[0][0]
+    if special := beginning(lambda text: runtime.tokenize(text) or []):
+        return special[0]
     path = runtime.info.path
     if isinstance(path, str):
         return None

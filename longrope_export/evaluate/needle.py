@@ -7,6 +7,7 @@ words are completed, not chatted: base models answer too.
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -255,8 +256,12 @@ def fit_prompt(
 
 def continuation(text: str, tokenize: Callable[[str], Sequence[int]]) -> list[int]:
     """Token ids of a text in the middle of another: without what begins every text."""
-    one, other = tokenize("a"), tokenize("b")
-    special = 0
-    while special < min(len(one), len(other)) and one[special] == other[special]:
-        special += 1
-    return list(tokenize(text))[special:]
+    return list(tokenize(text))[len(beginning(tokenize)) :]
+
+
+def beginning(tokenize: Callable[[str], Sequence[int]]) -> list[int]:
+    """The special tokens that a tokenizer puts in front of every text; often one, or none."""
+    # SentencePiece begins a text with a space, which is a token where it does not melt into a word
+    found = [list(tokenize(word)) for word in ("a", "b", "the", "The")]
+    shared = zip(*found, strict=False)
+    return [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, shared)]

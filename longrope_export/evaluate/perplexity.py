@@ -28,7 +28,9 @@ class Window:
     scored: int
 
 
-def make_windows(num_tokens: int, length: int, stride: int) -> list[Window]:
+def make_windows(
+    num_tokens: int, length: int, stride: int, *, num_special: int = 0
+) -> list[Window]:
     """Windows that score every token of a text but those with nothing before them in their window.
 
     With stride = length they lie side by side, and the first token of each is not scored. The last
@@ -36,20 +38,27 @@ def make_windows(num_tokens: int, length: int, stride: int) -> list[Window]:
 
     Args:
         num_tokens: of the text, at least `length`.
-        length: tokens of a window, at least 2.
+        length: tokens of a window, at least 2, and more than `num_special`.
         stride: 1 to length.
+        num_special: places at the beginning of each window that are not the text's.
 
     Raises:
         ConfigError: one of them is out of range.
     """
     if not 2 <= length <= num_tokens:
         raise ConfigError(f"a window of {length} tokens does not fit a text of {num_tokens}")
+    most = length - max(num_special, 1)
+    if most < 1:
+        raise ConfigError(
+            f"a window of {length} tokens has no room behind the {num_special} special tokens that "
+            "begin every text: give longer --lengths"
+        )
     if not 1 <= stride <= length:
         raise ConfigError(f"--stride must be 1 to {length}, the length of a window, got {stride}")
     ends = [*range(length, num_tokens, stride), num_tokens]
-    windows = [Window(0, length, length - 1)]
+    windows = [Window(0, length, most)]
     for before, end in itertools.pairwise(ends):
-        windows.append(Window(end - length, end, min(end - before, length - 1)))
+        windows.append(Window(end - length, end, min(end - before, most)))
     return windows
 
 
@@ -122,6 +131,7 @@ def score_text(
     length: int,
     *,
     stride: int | None = None,
+    beginning: Sequence[int] = (),
     num_stretches: int = 16,
     step: Callable[[int], None] = lambda tokens: None,
 ) -> TextScore:
@@ -133,6 +143,8 @@ def score_text(
         tokens: (n,) ids, at least `length`.
         length: tokens of a window.
         stride: tokens between windows; None for `length`, windows side by side.
+        beginning: special tokens that begin every text. They take the first places of each window,
+            as in llama-perplexity, and are not scored.
         num_stretches: into how many parts of equal size a window is cut for `stretches`.
         step: told of every call how many tokens it had.
 
@@ -144,8 +156,10 @@ def score_text(
     sums, counts = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
     squares, seconds, run = 0.0, 0.0, 0
     means = []
-    for window in make_windows(len(tokens), length, stride or length):
-        found = window_losses(runtime, tokens[window.begin : window.end], window.scored, step=step)
+    count = len(beginning)
+    for window in make_windows(len(tokens), length, stride or length, num_special=count):
+        inside = [*beginning, *tokens[window.begin + count : window.end]]
+        found = window_losses(runtime, inside, window.scored, step=step)
         positions = np.arange(length - window.scored, length)
         places = np.searchsorted(edges, positions, side="right") - 1
         sums += np.bincount(places, found.values, len(sums))

@@ -110,12 +110,14 @@ class Generation:
 
     Attributes:
         sequence: of a runtime.
+        end_tokens: ids that end an answer.
         read: tokens that were given to it, and the seconds they took.
         made: tokens that it made, and the seconds.
     """
 
     runtime: Runtime
     sequence: RunningSequence
+    end_tokens: frozenset[int] = frozenset()
     read: tuple[int, float] = (0, 0.0)
     made: tuple[int, float] = (0, 0.0)
     _waiting: int | None = None  # a token that was made and not yet appended
@@ -125,32 +127,41 @@ class Generation:
     ) -> tuple[list[int], str]:
         """Read tokens, then make tokens until their text is enough, the likeliest each time.
 
+        A token of `end_tokens` ends the answer too; it is no part of it, and what is read next
+        follows what was made before it.
+
         Args:
             tokens: at least one.
             most: tokens to make at most, at least one.
             is_enough: asked after each token.
 
         Returns:
-            The tokens that were made, and their text.
+            The tokens that were made, none if an end token comes first, and their text.
 
         Raises:
             ModelError: the runtime has no tokenizer, or gives logits that are not numbers.
         """
         given = [*([] if self._waiting is None else [self._waiting]), *tokens]
+        self._waiting = None
         begun = time.perf_counter()
         rows = self.sequence.append(given, keep=1)
         self.read = (self.read[0] + len(given), self.read[1] + time.perf_counter() - begun)
         made: list[int] = []
+        text = ""
         while True:
             if np.isnan(rows[-1]).all():
                 raise _not_numbers(self.runtime, self.sequence.length)
-            made.append(int(np.nanargmax(rows[-1])))
-            text = self.runtime.detokenize(made)
-            if text is None:
+            token = int(np.nanargmax(rows[-1]))
+            if token in self.end_tokens:
+                return made, text
+            made.append(token)
+            said = self.runtime.detokenize(made)
+            if said is None:
                 raise ModelError(f"{self.runtime.info.path}: carries no tokenizer to read it with")
+            text = said
             if len(made) == most or is_enough(text):
-                self._waiting = made[-1]
+                self._waiting = token
                 return made, text
             begun = time.perf_counter()
-            rows = self.sequence.append(made[-1:], keep=1)
+            rows = self.sequence.append([token], keep=1)
             self.made = (self.made[0] + 1, self.made[1] + time.perf_counter() - begun)

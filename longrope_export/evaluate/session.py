@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 
 from longrope_export.errors import ConfigError, ModelError
+from longrope_export.evaluate.end_tokens import end_tokens
 from longrope_export.evaluate.memory_use import PeakMemory
-from longrope_export.evaluate.needle import KINDS, Puzzle, continuation, fit_prompt, make_puzzle
+from longrope_export.evaluate.needle import (
+    KINDS,
+    Puzzle,
+    beginning,
+    continuation,
+    fit_prompt,
+    make_puzzle,
+)
 from longrope_export.evaluate.perplexity import score_text
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation
 from longrope_export.evaluate.settings import LM_EVAL, PERPLEXITY, Cell, Settings, Text
@@ -48,6 +56,7 @@ class Session:
         self._length = 0
         self._runtime: Runtime | None = None
         self._tokens: dict[str, list[int]] = {}
+        self._ends = frozenset[int]()  # of the runtime
 
     def open(self, subject: Subject, length: int) -> Runtime:
         """The runtime of a subject; the one before it is closed where it has to be."""
@@ -62,6 +71,7 @@ class Session:
             context, threads=self.options.threads, build=self.options.build
         )
         self._subject, self._length = subject, length
+        self._ends = end_tokens(self._runtime.info.path)
         return self._runtime
 
     def close(self) -> None:
@@ -140,6 +150,7 @@ class Session:
             tokens,
             cell.length,
             stride=self._settings.stride,
+            beginning=beginning(partial(tokenize, runtime)),
             num_stretches=self._settings.num_stretches,
             step=step,
         )
@@ -169,7 +180,7 @@ class Session:
             return tokenize(runtime, text)
 
         sequence = runtime.start(declared_length=cell.length, chunk_size=READ_CHUNK)
-        generation = Generation(runtime, sequence)
+        generation = Generation(runtime, sequence, self._ends)
         answers, digits, numbers = [], 0, 0
         for number, question in enumerate(puzzle.questions):
             given = continuation(question.text, ids) if number else prompt

@@ -68,8 +68,12 @@ class Settings:
     tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (self.perplexity or self.passkey or self.needle or self.tasks):
-            raise ConfigError("nothing to measure: perplexity is off, and no other task is named")
+        hidden = self.passkey or (self.needle and (self.num_keys or self.num_values))
+        if not (self.perplexity or hidden or self.tasks):
+            raise ConfigError(
+                "nothing to measure: perplexity is off, and no other task is named, or --needle alone "
+                "with --keys 0 and --values 0"
+            )
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise ConfigError(f"lengths must be different and rising, got {self.lengths}")
         if self.lengths[0] < 2:

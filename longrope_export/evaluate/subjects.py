@@ -11,10 +11,11 @@ from pathlib import Path
 
 from longrope_export.config import LongRopeConfig
 from longrope_export.definition import to_json
-from longrope_export.errors import ConfigError
+from longrope_export.errors import ConfigError, ModelError
 from longrope_export.factor_files import read_factors
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.base import Runtime
+from longrope_export.runtimes.http import served_model
 from longrope_export.runtimes.open import Export, open_runtime
 from longrope_export.verify.certificate import content_hash
 from longrope_export.verify.tokens import vocabulary_size
@@ -37,6 +38,7 @@ class Subject:
         note: what a reader should know.
         vocabulary: tokens that a server has to know, where a local model says it.
         factors: the file that is put on a model which carries none.
+        served: what a server says of its model, see served_model; None for everything else.
     """
 
     label: str
@@ -49,12 +51,14 @@ class Subject:
     note: str | None = None
     vocabulary: int | None = None
     factors: Path | None = None
+    served: str | None = None
 
     @property
     def identity(self) -> str:
-        """Hex; another for other files, another definition, runtime or dtype."""
+        """Hex; another for other files, another definition, runtime, dtype, or model of a server."""
         config = None if self.definition is None else to_json(self.definition)
         parts = [self.export.runtime, str(self.sha256 or self.export.path), config, self.dtype]
+        parts += [] if self.served is None else [self.served]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -159,19 +163,30 @@ def check_lengths(subjects: Sequence[Subject], longest: int) -> None:
 def _subject(export: Export, label: str) -> Subject:
     sha256 = content_hash(export.path)
     if isinstance(export.path, str):
-        return Subject(label, export, None, False, None)
+        return Subject(label, export, None, False, None, served=served_model(export.path))
     if export.runtime == "onnxruntime":
         from longrope_export.onnx_metadata import read_config
 
         return Subject(label, export, read_config(export.path), True, sha256)
     if export.runtime == "genai":
-        return Subject(label, export, None, False, sha256)
+        config = _config_if_ours(export.path)
+        return Subject(label, export, config, config is not None, sha256)
     model = load_model(export.path)
     bounded = model.is_extended
     note = None
     if not bounded:
         note = f"carries no definition: it is run as it is, trained for {model.window} tokens"
     return Subject(label, export, model.native, bounded, sha256, note=note)
+
+
+def _config_if_ours(folder: Path) -> LongRopeConfig | None:
+    """What an ONNX folder was exported with; None for one that somebody else made."""
+    from longrope_export.onnx_metadata import read_config
+
+    try:
+        return read_config(folder)
+    except ModelError:
+        return None
 
 
 def _vocabulary(export: Export) -> int | None:

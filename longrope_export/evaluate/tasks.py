@@ -16,15 +16,28 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
 
     Raises:
         UnsupportedError: lm-eval is not installed.
-        ConfigError: no folder of task files, or no such task in it.
+        ConfigError: no folder of task files, or no such task in it; a tag or a group of tasks.
     """
-    known = _task_manager(include_path).all_tasks
+    manager = _task_manager(include_path)
+    single = sorted(manager.all_subtasks)
     for task in tasks:
-        if task not in known:
+        if task in single:
+            continue
+        if task in manager.all_tasks:
+            members = ",".join(_members(manager.task_index[task])) or "each of them"
             raise ConfigError(
-                f"--tasks {task}: no such task in {include_path}, which has "
-                f"{', '.join(sorted(known)) or 'none'}"
+                f"--tasks {task}: a tag or a group of tasks, expected single tasks: give {members}"
             )
+        raise ConfigError(
+            f"--tasks {task}: no such task in {include_path}, which has {', '.join(single) or 'none'}"
+        )
+
+
+def _members(entry: Any) -> list[str]:
+    """Names of what lm-eval's index holds of a group (in its YAML) or a tag."""
+    config = getattr(entry, "cfg", None)
+    listed = config.get("task", ()) if config else getattr(entry, "tags", ())
+    return sorted(str(each["task"] if isinstance(each, dict) else each) for each in listed)
 
 
 def files_hash(include_path: Path) -> str:

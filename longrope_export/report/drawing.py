@@ -12,6 +12,7 @@ from typing import Any
 
 from longrope_export.errors import ToolError
 from longrope_export.outputs import replace_when_done
+from longrope_export.report.ours import MADE_BY
 
 COLOURS = ("#3b82c4", "#e07b39", "#2a9d74", "#c65b9b", "#8a7bd1", "#b39b2d", "#5fa8b8", "#a0524f")
 _INK = "#010203"  # stands for the colour of the page's text
@@ -52,6 +53,11 @@ def new_figure(size: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, 1, sharex=True)
+
+
+def as_label(text: str) -> str:
+    """A text of files as matplotlib is to show it: dollars are no mathematics."""
+    return text.replace("$", r"\$")
 
 
 def save_png(figure: Any, output: Path) -> None:
@@ -131,12 +137,19 @@ def save_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
         ToolError: matplotlib is not installed.
         OutputError: a file cannot be written.
     """
-    written = []
+    options: dict[str, Any] = {
+        ".png": {"dpi": _DPI, "metadata": {"Software": MADE_BY}},
+        ".svg": {"metadata": {"Date": None, "Creator": MADE_BY}},
+    }
     for plot in plots:
-        for suffix in ("png", "svg"):
-            output = folder / f"{plot.name}.{suffix}"
+        for output in plot_files([plot], folder):
+            suffix = output.suffix
             with style(), replace_when_done(output) as temporary:
-                options = {"metadata": {"Date": None}} if suffix == "svg" else {"dpi": _DPI}
-                plot.draw().savefig(temporary, format=suffix, facecolor="white", **options)
-            written.append(output)
-    return written
+                figure = plot.draw()
+                figure.savefig(temporary, format=suffix[1:], facecolor="white", **options[suffix])
+    return plot_files(plots, folder)
+
+
+def plot_files(plots: Sequence[Plot], folder: Path) -> list[Path]:
+    """What save_plots writes."""
+    return [folder / f"{plot.name}.{suffix}" for plot in plots for suffix in ("png", "svg")]

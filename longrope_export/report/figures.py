@@ -16,7 +16,7 @@ from longrope_export.evaluate.results import (
     pooled_stretches,
 )
 from longrope_export.evaluate.settings import PERPLEXITY
-from longrope_export.report.drawing import COLOURS, Plot, new_figure
+from longrope_export.report.drawing import COLOURS, Plot, as_label, new_figure
 from longrope_export.report.finetune_plots import draw_training
 from longrope_export.report.inputs import ReportInputs
 from longrope_export.report.search_plots import draw_convergence
@@ -107,7 +107,7 @@ def by_length(results: Mapping[str, Any]) -> Any:
             if (cells := cells_of(results, PERPLEXITY, model, length))
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=model)
+            axes.plot(*zip(*points, strict=True), "o-", label=as_label(model))
     _length_axis(axes, lengths, "window, tokens")
     _perplexity_axis(axes)
     axes.legend()
@@ -121,7 +121,7 @@ def _by_position(results: Mapping[str, Any], length: int) -> Any:
         if stretches:
             middles = [(begin + end) / 2 for begin, end, _ in stretches]
             values = [perplexity_of(loss) for _, _, loss in stretches]
-            axes.plot(middles, values, ".-", label=model)
+            axes.plot(middles, values, ".-", label=as_label(model))
     axes.set_xlim(0, length)
     axes.set_xlabel("position of the token in its window")
     _perplexity_axis(axes)
@@ -172,7 +172,7 @@ def _found(results: Mapping[str, Any], kind: str) -> Any:
             if (cells := cells_of(results, kind, model, n))
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=model)
+            axes.plot(*zip(*points, strict=True), "o-", label=as_label(model))
     _length_axis(axes, lengths, "prompt, tokens")
     axes.set_ylim(-0.04, 1.04)
     axes.set_ylabel("numbers found")

@@ -11,6 +11,7 @@ from longrope_export import __version__
 from longrope_export.report.drawing import Plot
 from longrope_export.report.inputs import ReportInputs
 from longrope_export.report.markup import Html, element, join, safe
+from longrope_export.report.ours import COMMENT
 from longrope_export.report.sections import make_sections
 
 DEFAULT_TITLE = "Context extension report"
@@ -37,6 +38,7 @@ def make_page(inputs: ReportInputs, plots: Sequence[Plot], title: str = DEFAULT_
     made = datetime.now(UTC).date().isoformat()
     subtitle = f"longrope-export {__version__}, {made}"
     values: dict[str, Html] = {
+        "made_by": Html(COMMENT),
         "title": safe(title),
         "subtitle": safe(subtitle),
         "navigation": join(navigation),

@@ -14,10 +14,16 @@ from longrope_export.evaluate.perplexity import perplexity_of
 from longrope_export.evaluate.results import cells_of, labels, markdown_table, pooled_loss, tables
 from longrope_export.evaluate.settings import PERPLEXITY
 from longrope_export.report.inputs import ReportInputs
+from longrope_export.report.ours import COMMENT
 from longrope_export.report.sections import describe, run_commands
 from longrope_export.verify.report import markdown as certificate_markdown
 
-_LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "genai": "onnx"}
+_FORMATS = {
+    "llama.cpp": "gguf",
+    "llama.cpp-stock": "gguf",
+    "onnxruntime": "onnx",
+    "genai": "onnx",
+}
 
 
 def make_model_card(
@@ -57,7 +63,7 @@ def make_model_card(
     for _, certificate in inputs.certificates:
         lines += [certificate_markdown(certificate)]
     lines += _usage(inputs)
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + f"\n\n{COMMENT}\n"
 
 
 def _plain(text: str) -> str:
@@ -75,8 +81,8 @@ def _header(
     if base_model:
         yield f"base_model: {json.dumps(base_model)}"
     names = {m["runtime_name"] for _, results in inputs.results for m in results["models"]}
-    formats = sorted({_LIBRARIES.get(name, "transformers") for name in names} - {"transformers"})
-    if len(names) == 1 and not formats:
+    formats = sorted({_FORMATS[name] for name in names if name in _FORMATS})
+    if names and all(name.startswith("transformers") for name in names):
         yield "library_name: transformers"
     yield "pipeline_tag: text-generation"
     yield "tags:"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from longrope_export.config import FactorTier, LongRopeConfig
-from longrope_export.report.drawing import new_figure, save_png
+from longrope_export.report.drawing import as_label, new_figure, save_png
 
 CONVERGENCE = "convergence.png"
 FACTORS = "factors.png"
@@ -59,12 +59,12 @@ def draw_convergence(result: Mapping[str, Any], size: tuple[float, float] = SIZE
         axes.step(tokens, [*losses, losses[-1]], where="post", lw=2, label="best so far")
     best_seeds = sorted(result["seeds"].items(), key=lambda entry: entry[1])[:4]
     for number, (name, loss) in enumerate(best_seeds):
-        axes.axhline(math.exp(loss), color=f"C{number + 1}", lw=1, ls="--", label=name)
+        axes.axhline(math.exp(loss), color=f"C{number + 1}", lw=1, ls="--", label=as_label(name))
     axes.set(xlabel="forward tokens", ylabel="exp(loss) on the search documents")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 6))
     if phases or best_seeds:
         axes.legend(fontsize="small")
-    axes.set_title(phases[0] if phases else "nothing was found within the budget")
+    axes.set_title(as_label(phases[0]) if phases else "nothing was found within the budget")
     return figure
 
 

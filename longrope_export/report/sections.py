@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from longrope_export.factor_files import read_factors
 from longrope_export.hf_runtime import apply_longrope
 
-model = AutoModelForCausalLM.from_pretrained({path})
+model = AutoModelForCausalLM.from_pretrained({source})
 apply_longrope(model, read_factors(Path({factors})))"""
 _REMOTE = """from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({path}, trust_remote_code=True)"""
@@ -268,9 +268,16 @@ def how_to_run(model: Mapping[str, Any]) -> str:
     if name == "transformers":
         if model.get("note"):  # as it was trained
             return ""
-        source = model.get("factors") or _definition_file(Path(path))
-        return _LIVE.format(path=json.dumps(path), factors=json.dumps(str(source)))
+        factors = model.get("factors") or _definition_file(Path(path))
+        return _LIVE.format(source=_source(Path(path)), factors=json.dumps(str(factors)))
     return ""
+
+
+def _source(path: Path) -> str:
+    """What transformers' from_pretrained is to be given, as Python."""
+    if path.is_file() or path.suffix == ".gguf":
+        return f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
+    return json.dumps(str(path))
 
 
 def _definition_file(path: Path) -> Path:

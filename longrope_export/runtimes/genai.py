@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from longrope_export.config import LongRopeConfig
-from longrope_export.errors import ModelError, ToolError
+from longrope_export.errors import LongRopeError, ModelError, ToolError
 from longrope_export.runtimes.base import DEFAULT_CHUNK, Logits, RuntimeInfo, Tokens
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _own_errors(call: Callable[P, R]) -> Callable[P, R]:
+    """What genai raises, which are kinds of its own, becomes a ModelError."""
+
+    @wraps(call)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return call(*args, **kwargs)
+        except LongRopeError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"onnxruntime-genai cannot run a sequence: {error}: it may be longer than the folder "
+                "was made for"
+            ) from error
+
+    return wrapped
 
 
 class GenaiModel:
@@ -67,6 +89,7 @@ class GenaiModel:
         except Exception as error:  # genai raises its own, and the file may lack or be damaged
             raise ModelError(f"{folder}: onnxruntime-genai cannot load it: {error}") from error
 
+    @_own_errors
     def start(
         self,
         *,
@@ -77,7 +100,7 @@ class GenaiModel:
         """An empty sequence, under the tier of max_length or, without one, the declared length.
 
         Raises:
-            ModelError: first_position is not 0.
+            ModelError: first_position is not 0, or genai cannot allocate that much.
         """
         if first_position:
             raise ModelError("onnxruntime-genai counts positions from 0")
@@ -118,6 +141,7 @@ class GenaiSequence:
         self._generator, self._chunk = generator, chunk_size
         self.length = 0
 
+    @_own_errors
     def append(self, tokens: Tokens, *, keep: int | None = None) -> Logits:
         """See RunningSequence; genai gives the last logits of a call, so kept tokens go singly."""
         ids = np.asarray(tokens, np.int32)

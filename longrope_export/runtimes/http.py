@@ -6,6 +6,7 @@ carries all tokens before it; the server's own prompt cache makes that cheap.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -137,12 +138,38 @@ class _Server(Protocol):
     def detokenize(self, tokens: list[int]) -> str | None: ...
 
 
-def _open(client: JsonClient, vocabulary: int | None, named: int | None) -> _Server:
+def served_model(url: str, *, timeout: float = 600) -> str:
+    """What a server says of the model that it serves, as JSON: another for another model.
+
+    llama-server: the path of the file, its size and the program's build; others: the model's names.
+
+    Raises:
+        ModelError: the server cannot be reached, or answers as none that is known.
+    """
+    client = JsonClient(url, timeout)
+    props, models = _props(client), client.call("/v1/models")
+    with client.reading("/v1/models", models):
+        model = models["data"][0]
+        said = {name: model.get(name) for name in ("id", "root")}
+        if props is not None:
+            said["size"] = model["meta"].get("size")
+            said |= {name: props.get(name) for name in ("model_path", "build_info")}
+    return json.dumps(said)
+
+
+def _props(client: JsonClient) -> Any:
+    """What llama-server says; None of another server."""
     try:
-        props = client.call("/props")
+        return client.call("/props")
     except RefusedError as error:
         if error.status not in (404, 405):
             raise
+        return None
+
+
+def _open(client: JsonClient, vocabulary: int | None, named: int | None) -> _Server:
+    props = _props(client)
+    if props is None:
         return _CompletionsServer(client, vocabulary, named)
     with client.reading("/props", props):
         return _LlamaServer(client, props, vocabulary, named)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import pydoc_data.topics
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from test_longrope_tools import Server
 from test_onnx import export
-from test_patched_llama_cpp import BORDERS, Toy
+from test_patched_llama_cpp import BORDERS, Toy, convert
+from tiny_models import add_sentencepiece, make_model
 
 from longrope_export.cli import main
 from longrope_export.errors import ToolError
+from longrope_export.evaluate.needle import beginning
 from longrope_export.evaluate.perplexity import score_text
 from longrope_export.evaluate.results import cells_of, read_results
 from longrope_export.evaluate.scoring import window_losses
@@ -63,6 +67,41 @@ def test_one_model_in_three_formats(toy: Toy, rule: str, tmp_path: Path) -> None
     assert answers[0] == answers[1] == answers[2]
 
 
+@pytest.fixture
+def subject(toy: Toy, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The toy without factors, for a runtime."""
+    if request.param == "server":
+        program = require_binaries(("llama-server",), build=True) / "llama-server"
+        server = Server(program, toy.plain, tmp_path, [])
+        try:
+            server.wait()
+            yield server.url
+        finally:
+            server.process.terminate()
+            server.process.wait(10)
+        return
+    path = toy.plain if request.param == "llama.cpp-stock" else toy.folder
+    if request.param == "genai":
+        path = export(toy.folder, None, tmp_path / "onnx")
+    yield f"{request.param}={path}"
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(
+    "subject", ["llama.cpp-stock", "transformers-stock", "genai", "server"], indirect=True
+)
+def test_other_runtimes_say_the_same(toy: Toy, subject: str, tmp_path: Path) -> None:
+    (tmp_path / "help.txt").write_text(HELP)
+    words = [subject, toy.folder, "--text", tmp_path / "help.txt", "--lengths", 200]
+    result = CliRunner().invoke(
+        main, ["evaluate", *map(str, words), "--threads", "1", "-o", str(tmp_path / "r.json")]
+    )
+    assert result.exit_code == 0, result.output
+    one, other = cells_of(read_results(tmp_path / "r.json"), "perplexity")
+    assert one["tokens_sha256"] == other["tokens_sha256"]
+    assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-3)
+
+
 def test_length_of_one_window_is_not_written_to_the_disk(toy: Toy) -> None:
     """Rows go through a file, which stays empty."""
     model = LlamaCppModel(toy.plain, context=512)
@@ -84,31 +123,31 @@ def toy_text(toy: Toy, tokens: list[int]) -> str:
     return str(transformers.AutoTokenizer.from_pretrained(toy.folder).decode(tokens))
 
 
-def test_llama_perplexity_says_the_same(toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("begins", [False, True], ids=["plain", "begin-of-text"])
+def test_llama_perplexity_says_the_same(toy: Toy, begins: bool, tmp_path: Path) -> None:
+    """Its windows: side by side, the second half scored, a begin-of-text token in the first place."""
     # the patched program: the stock one loses what it prints where a run takes milliseconds
     program = require_binaries(("llama-perplexity",), build=True) / "llama-perplexity"
     context, chunks = 256, 6
-    text = tmp_path / "help.txt"
+    path, text = toy.plain, tmp_path / "help.txt"
+    if begins:
+        settings = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15}
+        folder = make_model(tmp_path / "m", dtype="float32", **settings)
+        add_sentencepiece(folder)
+        path = tmp_path / "m.gguf"
+        convert(folder, None, path)
     text.write_text(HELP)
     options = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-b", "256", "--no-warmup")
-    theirs = run_perplexity(
-        program,
-        toy.plain,
-        text,
-        context=context,
-        chunks=chunks,
-        options=options,
-    )
-    model = LlamaCppModel(toy.plain, context=context)
+    theirs = run_perplexity(program, path, text, context=context, chunks=chunks, options=options)
+    model = LlamaCppModel(path, context=context)
     tokens = model.tokenize(HELP)
-    second_halves = []
-    for first in range(0, chunks * context, context):
-        window = tokens[first : first + context]
-        second_halves.append(window_losses(model, window, context // 2 - 1).values)
-    same_windows = math.exp(np.concatenate(second_halves).mean())
-    assert same_windows == pytest.approx(theirs.value, rel=1e-3)
-    score = score_text(model, tokens[: chunks * context], context, num_stretches=2)
-    assert math.exp(score.stretches[1].loss) == pytest.approx(theirs.value, rel=1e-2)
+    first = beginning(model.tokenize)
+    assert first == ([1] if begins else [])
+    score = score_text(
+        model, tokens[: chunks * context], context, beginning=first, num_stretches=context
+    )
+    second_half = [s.loss for s in score.stretches if s.begin > context // 2]
+    assert math.exp(np.mean(second_half)) == pytest.approx(theirs.value, rel=1e-3)
     model.close()
 
 

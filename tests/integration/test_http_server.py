@@ -19,7 +19,7 @@ from longrope_export.config import LongRopeConfig
 from longrope_export.errors import ModelError
 from longrope_export.factor_files import to_json
 from longrope_export.llama_cpp.binaries import require_binaries
-from longrope_export.runtimes.http import HttpModel
+from longrope_export.runtimes.http import HttpModel, served_model
 from longrope_export.runtimes.open import parse_export
 from longrope_export.verify.plan import make_cases
 from longrope_export.verify.rows import ReferenceRows
@@ -80,6 +80,14 @@ def test_the_patched_server_computes_the_definition(
     near = {border + step for border in BORDERS[:2] for step in (-2, -1, 0, 1, 2)}
     assert near <= {row.position for row in steps.rows}
     assert {row.tier for row in steps.rows} == {0, 1, 2}
+
+
+def test_another_model_at_the_same_address_is_told(
+    toy: Toy, address: Callable[[LongRopeConfig], str]
+) -> None:
+    one, other = (served_model(address(toy.config(rule))) for rule in ("causal", "sequence"))
+    assert one == served_model(address(toy.config("causal")))
+    assert "causal.gguf" in one and one != other
 
 
 def first_misses(result: ExportResult) -> dict[str, int | None]:
