@@ -14,7 +14,7 @@ from longrope_export.errors import OutputError
 from longrope_export.evaluate.settings import Cell
 
 FORMAT = "longrope-evaluation-cells"
-VERSION = 1
+VERSION = 2
 
 
 def journal_path(output: Path) -> Path:
