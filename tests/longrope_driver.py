@@ -28,9 +28,14 @@ class Driver:
             AssertionError: the driver failed; holds what it said.
         """
         output = self.scratch / "logits.bin"
+        # two threads of a program that waits busily are slow beside another test
+        lines = [
+            f"{line} n_threads=1" if line.startswith("ctx ") and "n_threads" not in line else line
+            for line in script
+        ]
         result = subprocess.run(
             [self.program, model, output],
-            input="\n".join(script) + "\n",
+            input="\n".join(lines) + "\n",
             env={"LD_LIBRARY_PATH": str(self.libraries[patched])},
             capture_output=True,
             text=True,

@@ -16,15 +16,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from processes import end, start_until
+from test_search_command import arguments, with_tokenizer  # noqa: F401
 from test_search_run import (  # the fixtures are used by name
     BY_ALGORITHM,
     TARGET,
-    arguments,
     folder,  # noqa: F401
     make_extended,
     start,
     texts,  # noqa: F401
-    with_tokenizer,  # noqa: F401
 )
 from test_search_run import WINDOW as RUN_WINDOW
 from test_search_workers import collect, is_running, pids, wait_for
