@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longrope_export.errors import LongRopeError
@@ -41,7 +41,6 @@ _RECIPE_OPTIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lora_rank": ("lora", int),
     "gradient_checkpointing": ("gradient-checkpointing", bool),
 }
-RACES = 2  # of mutations, times the patience after which a practical search has converged
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,8 @@ def search_tokens(values: Mapping[str, Any], length: int, window: int) -> int:
     elif algorithm == "practical":
         found = _practical_passes(values, search or sizes.documents) * length
     else:
-        population = int(values.get("population") or sizes.population)
-        iterations = int(values.get("iterations") or sizes.iterations)
-        individuals = population + iterations * (sizes.mutations + sizes.crossovers)
+        given = {n: int(values[n]) for n in ("population", "iterations") if values.get(n)}
+        individuals = replace(sizes, **given).individuals
         documents = search or (10 if algorithm == "longrope2" else sizes.documents)
         found = individuals * documents * length
     return (found if budget is None else min(found, int(float(budget)))) + judged
@@ -131,7 +129,7 @@ def _practical_passes(values: Mapping[str, Any], documents: int) -> int:
     settings = PracticalSettings()
     family = int(values.get("family-evaluations") or 0)
     steps = int(values.get("gradient-steps") or 0)
-    challengers = len(START_TOKENS) - 1 + RACES * settings.patience * settings.litter
+    challengers = settings.challengers(len(START_TOKENS))
     seeds = len(CLOSED_FORMS) + len(STRENGTHS)
     return (seeds + family) * documents + steps * GRADIENT_BATCH * GRADIENT_COST + 2 * challengers
 

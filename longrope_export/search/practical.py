@@ -25,6 +25,7 @@ HOPELESS = 0.15  # nats behind the best on the cheap fitness: such a candidate s
 CLEARLY = 2.0  # standard errors behind the champion at which a challenger leaves a race
 FAR = 0.03  # nats behind after one document, when there is no standard error yet
 GRADIENT_BATCH = 2  # documents per step
+RACES = 2  # of mutations, times the patience after which a practical search has converged
 # turns at the end of the target by which a pair moves, in the first and the last step
 LEARNING_RATE = (0.04, 0.004)
 ATTENTION_RATE = 0.2  # of that, for ln(attention factor)
@@ -47,11 +48,15 @@ class PracticalSettings:
     litter: int = 8
     patience: int = 4
 
+    def challengers(self, start_windows: int) -> int:
+        """Roughly how many will race: other start windows, mutations until it has converged."""
+        return start_windows - 1 + RACES * self.patience * self.litter
+
     def expected_jobs(self, seeds: int, documents: int, start_windows: int) -> int:
         """Roughly how many passes there will be: a race sees two documents of each challenger."""
-        challengers = start_windows - 1 + 2 * self.patience * self.litter
         whole = (seeds + self.family_evaluations) * documents
-        return seeds + whole + self.gradient_steps * GRADIENT_BATCH + 2 * challengers
+        raced = 2 * self.challengers(start_windows)
+        return seeds + whole + self.gradient_steps * GRADIENT_BATCH + raced
 
     def __post_init__(self) -> None:
         for name in ("family_evaluations", "gradient_steps"):
