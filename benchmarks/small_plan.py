@@ -1,12 +1,14 @@
 """Whole plans on the small trained model (window 256, base 10000), to 32 times its window.
 
     python benchmarks/small_plan.py plans [--workdir DIR] [--only 'whole;yarn']
+    python benchmarks/small_plan.py caps [--workdir DIR]
     python benchmarks/small_plan.py entropy-abf [--workdir DIR] [--seeds 3]
 
 `plans` runs LongRoPE's procedure, search, fine-tune at 1024, search, fine-tune at 2048, search at 8192
 without more training, recover 256 and 512, and the same with closed forms in place of the searches, or
 with a part left out: the paper's tables 9, 10 and 12 in small. Each is a plan of `longrope-export
-extend`, and goes on where it was stopped. `entropy-abf` tunes with a few samples under Entropy-ABF, ABF,
+extend`, and goes on where it was stopped. `caps` recovers the short windows of its whole plan anew,
+with other limits to their factors (`search --recover-cap`). `entropy-abf` tunes with a few samples under Entropy-ABF, ABF,
 PI and others. What is printed was measured on a novel that took no part.
 """
 
@@ -292,6 +294,36 @@ def table_9(folder: Path, model: Path) -> dict[str, dict[int, np.ndarray]]:
     return rows
 
 
+def caps(workdir: Path, values: Sequence[float]) -> None:
+    """Recover the short windows of the whole plan under each limit of their factors; the first is compared with."""
+    sizes, whole_run = Sizes(), workdir / "whole"
+    run_plan(whole(sizes), whole_run)
+    (long,) = whole_run.glob("*-long/model")
+    tuned, files = load_model(long), fetch_texts()
+    stage = recovery(sizes)[-1]
+    options = [f"--{name}" for name in ("algorithm", "documents", "budget-tokens", "gradient-steps", "recover")]  # fmt: skip
+    against = f"against {values[0]:g}, nats"
+    table = Table("--recover-cap", "256", against, "512", against, title=TEST_TEXT)
+    base: dict[int, np.ndarray] = {}
+    for cap in values:
+        folder = workdir / f"cap-{cap:g}"
+        if not (folder / "result.json").is_file():
+            arguments = ["search", str(long), "--target-length", str(tuned.window)]
+            arguments += [part for name in options for part in (name, str(stage[name[2:]]))]
+            arguments += [part for work in SEARCH_TEXTS for part in ("--text", str(files[work]))]
+            arguments += ["--recover-cap", str(cap), "-o", str(folder)]
+            more = ["--resume"] if folder.exists() else []
+            subprocess.run([sys.executable, "-m", "longrope_export", *arguments, *more], check=True)  # fmt: skip
+        config = read_factors(folder / "factors.json", tuned)
+        cells = [f"{cap:g}"]
+        for length in (256, 512):
+            found = losses(long, at(config, length), length)
+            difference = Difference.of(found, base.setdefault(length, found))
+            cells += [f"{math.exp(found.mean()):.3f}", f"{difference.mean:+.4f} ({difference.error:.4f})"]  # fmt: skip
+        table.add_row(*cells)
+    Console(width=120).print(table)
+
+
 def entropy_abf(workdir: Path, seeds: int) -> None:
     """Few samples, the same ones and the same steps for every method."""
     source = load_model(trained_model(print))
@@ -339,13 +371,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["plans", "entropy-abf"])
+    parser.add_argument("what", choices=["plans", "caps", "entropy-abf"])
     parser.add_argument("--workdir", type=Path, default=Path("bench") / "small-plan")
     parser.add_argument("--only", default="", help="names of plans, with ; between them")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--caps", default="1,0.25,0.5,2")
     arguments = parser.parse_args()
     if arguments.what == "plans":
         plans(arguments.workdir / "plans", [n for n in arguments.only.split(";") if n])
+    elif arguments.what == "caps":
+        caps(arguments.workdir / "plans", [float(cap) for cap in arguments.caps.split(",")])
     else:
         entropy_abf(arguments.workdir / "entropy-abf", arguments.seeds)
 

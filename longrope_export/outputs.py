@@ -73,14 +73,21 @@ def replace_when_done(output: Path) -> Iterator[Path]:
         raise
 
 
-def check_outside(output: Path, model: Path) -> None:
-    """Refuse the folder of a run that lies in the model that it reads.
+def check_outside(
+    output: Path, model: Path, option: str = "-o", advice: str = "choose another folder"
+) -> None:
+    """Refuse an output that lies in a model that is read: a new file in its folder would change what it is.
+
+    Args:
+        output: file or folder to be written.
+        model: file or folder.
+        option, advice: for the message: what gave the output, and what to do.
 
     Raises:
         OutputError: nothing has been written yet.
     """
     if output.resolve().is_relative_to(model.resolve()):
-        raise OutputError(f"-o {output} lies in the model {model}: choose another folder")
+        raise OutputError(f"{option} {output} lies in the model {model}: {advice}")
 
 
 def check_output_folder(output: Path, inputs: Iterable[Path], *, force: bool, marker: str) -> None:

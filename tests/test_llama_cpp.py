@@ -22,6 +22,7 @@ from longrope_export.llama_cpp import build, options, source
 from longrope_export.llama_cpp.binaries import find_binary, find_library, require_binary
 from longrope_export.llama_cpp.build import ensure_built, find_build
 from longrope_export.llama_cpp.options import BuildOptions, build_key, cpp_folder, cpu_options
+from longrope_export.llama_cpp.perplexity import run_perplexity
 
 ROOT = Path(__file__).parent.parent
 
@@ -391,3 +392,18 @@ def test_the_pin_in_the_readme_is_the_one_in_the_code() -> None:
     text = (cpp_folder() / "cpp_patch" / "README.md").read_text()
     assert f"{source.PACKAGE} {source.VERSION}" in text
     assert source.SHA256 in text
+
+
+def test_a_perplexity_that_was_never_printed_is_computed_again(tmp_path: Path) -> None:
+    # stock llama.cpp ends without waiting for the thread that prints
+    program = tmp_path / "llama-perplexity"
+    program.write_text(
+        f"#!/bin/sh\necho x >> {tmp_path}/calls\n"
+        f'[ $(wc -l < {tmp_path}/calls) -lt 8 ] || echo "Final estimate: PPL = 7.5 +/- 0.1"\n'
+    )
+    program.chmod(0o755)
+    found = run_perplexity(program, tmp_path / "m.gguf", tmp_path / "t.txt", context=64)
+    assert (found.value, found.standard_error) == (7.5, 0.1)
+    program.write_text("#!/bin/sh\necho no such file\nexit 1\n")
+    with pytest.raises(ToolError, match=r"no perplexity \(exit code 1\)[^\n]*\nno such file"):
+        run_perplexity(program, tmp_path / "m.gguf", tmp_path / "t.txt", context=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,7 @@ def command(
         raise click.UsageError("give MODEL and at least one EXPORT")
     model, *exports = paths
     from longrope_export.models.model import find_model, load_model
-    from longrope_export.outputs import write_text
+    from longrope_export.outputs import check_outside, write_text
     from longrope_export.runtimes.open import parse_export
     from longrope_export.verify.exports import check_length, prepare, unused_limits, verify_exports
     from longrope_export.verify.report import check_plot, save_plot
@@ -130,7 +130,15 @@ def command(
     inputs += [text] if text else []
     outputs = {"-o": output, "--markdown": markdown, "--plot": plot}
     check_outputs(outputs, inputs)
-    _refuse_inside(outputs, [Path(e.path) for e in chosen if isinstance(e.path, Path)])
+    for option, written_to in outputs.items():
+        for export in chosen:
+            if written_to is not None and isinstance(export.path, Path):
+                check_outside(
+                    written_to,
+                    export.path,
+                    option,
+                    "choose another folder, or use --embed for the certificate",
+                )
     with share_progress() as step:
         written = None if text is None else read_utf8(text, "--text")
         prepared = prepare(source, config, used, text=written, seed=seed, say=step)
@@ -162,18 +170,6 @@ def command(
                 say(f"{result.export.path}: certificate embedded")
     if not certificate["passed"]:
         raise SystemExit(_MISSED)
-
-
-def _refuse_inside(outputs: Mapping[str, Path | None], exports: Sequence[Path]) -> None:
-    from longrope_export.errors import OutputError
-
-    for flag, output in outputs.items():
-        for folder in exports:
-            if output is not None and folder.resolve() in output.resolve().parents:
-                raise OutputError(
-                    f"{flag} {output}: inside of the export {folder}, whose hash it would change: "
-                    "write it elsewhere, or use --embed for the certificate"
-                )
 
 
 def verify_after(

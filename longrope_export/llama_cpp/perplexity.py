@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,8 @@ from pathlib import Path
 from longrope_export.errors import ToolError
 
 # stock llama.cpp logs from a thread of its own and does not wait for it at exit, so that now and then
-# (often, for runs of milliseconds) the result is computed and never printed; our patch waits
-_ATTEMPTS = 5
+# (often, for runs of milliseconds or on a busy machine) the result is computed and never printed; our patch waits
+_ATTEMPTS, _SECONDS = 5, 30  # it is run again while either lasts
 
 _FINAL = re.compile(r"Final estimate: PPL = ([\d.]+|nan|inf) \+/- ([\d.]+|nan|inf|-nan)")
 
@@ -54,7 +56,8 @@ def run_perplexity(
     command = [str(program), "-m", str(model), "-f", str(text), "-c", str(context)]
     command += ["--chunks", str(chunks), *options]
     command += ["-t", str(threads)] if threads else []
-    for _ in range(_ATTEMPTS):
+    begin = time.monotonic()
+    for attempt in itertools.count(1):
         result = subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False
         )
@@ -62,7 +65,9 @@ def run_perplexity(
         match = _FINAL.search(output)
         if match is not None and result.returncode == 0:
             return Perplexity(float(match[1]), float(match[2].lstrip("-")), context, chunks)
-        if result.returncode:
+        if result.returncode or (attempt >= _ATTEMPTS and time.monotonic() - begin > _SECONDS):
             break
     tail = "\n".join(output.strip().splitlines()[-12:])
-    raise ToolError(f"{' '.join(command)}\nfailed with exit code {result.returncode}:\n{tail}")
+    raise ToolError(
+        f"{' '.join(command)}\nprinted no perplexity (exit code {result.returncode}):\n{tail}"
+    )
