@@ -4,9 +4,9 @@
     python scripts/measure_smollm2.py --lengths 8192,16384,32768 --trials 3
     python scripts/measure_smollm2.py --lengths 32768 --variants searched=run/factors.json
 
-Fetches SmolLM2 where it is missing. One length and variant after the other, in any order and in as many
-runs as one likes: what is finished is kept in --work, and the table holds all of it. Before each part
-stands what it will roughly take; a pass over 32768 tokens costs some 15 minutes of two old cores. What
+Fetches SmolLM2 where it is missing. One length and variant after the other, in any order, in as many
+runs and on as many machines as one likes: what is finished is kept in --records, and the table holds all of it. Before
+each part stands what it will roughly take; a pass over 32768 tokens costs some 15 minutes of two old cores. What
 two variants compute alike (a ladder below its first border, and the model as trained) is run once.
 The block `evaluation` of README.md, where there is one, gets the same table.
 """
@@ -47,6 +47,7 @@ from scripts.twins import take_twins
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "evaluation"  # of README.md
+RECORDS = ROOT / "docs" / "measured"
 CONSOLE = Console(stderr=True)
 TARGET = 32768
 LADDER = "every:4096"
@@ -64,6 +65,7 @@ SmolLM2-135M-Instruct (window 8192, Q4_1 weights unpacked to float32), in our li
 without any training. PI, NTK and YaRN are one set of factors for {TARGET:,} tokens each; the ladder has a
 tier every 4096 tokens beyond the window, with YaRN for its own length, and stands under both rules at a
 border. Written by `scripts/measure_smollm2.py`; `longrope-export evaluate` measures the same on yours.
+Every cell stands in [measured/](measured/).
 
 """
 
@@ -93,10 +95,12 @@ def make_variants(folder: Path, names: Sequence[str]) -> list[Subject]:
     return found
 
 
-def earlier_variants(journal: Journal, work: Path) -> list[str]:
+def earlier_variants(journal: Journal, records: Path) -> list[str]:
     """`name=f.json` of the variants of one's own that earlier runs have measured."""
     measured = dict.fromkeys(cell.model for cell in journal.cells())
-    files = {label: work / f"{label}.json" for label in measured if label not in VARIANTS.values()}
+    files = {
+        label: records / f"{label}.json" for label in measured if label not in VARIANTS.values()
+    }
     return [f"{label}={file}" for label, file in files.items() if file.is_file()]
 
 
@@ -226,13 +230,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--work", type=Path, default=cache_folder() / "measure-smollm2")
+    parser.add_argument(
+        "--work", type=Path, default=cache_folder() / "measure-smollm2", help="for the model"
+    )
+    parser.add_argument(
+        "--records", type=Path, default=RECORDS, help="cells, and variants of one's own"
+    )
     parser.add_argument(
         "--no-twins", action="store_true", help="run everything, even what is computed alike"
     )
     parser.add_argument("--no-write", action="store_true", help="leave docs/ and README.md alone")
     arguments = parser.parse_args()
     work: Path = arguments.work
+    records: Path = arguments.records
+    records.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in arguments.variants.split(",") if name]
     for name in chosen:
         label, given, _ = name.partition("=")
@@ -259,14 +270,16 @@ def main() -> None:
         trials=arguments.trials,
     )
 
-    with open_journal(work / "cells.jsonl", settings, texts) as journal:
+    with open_journal(records / "smollm2.cells.jsonl", settings, texts) as journal:
         given = [name.partition("=")[0] for name in own]
-        earlier = [n for n in earlier_variants(journal, work) if n.partition("=")[0] not in given]
+        earlier = [
+            n for n in earlier_variants(journal, records) if n.partition("=")[0] not in given
+        ]
         everything = subjects_of([*VARIANTS, *earlier, *own])
         finished(journal, everything, texts, settings.num_tokens)  # says what is not what it was
         for subject in everything:
             if subject.label in given and subject.definition is not None:
-                write_text(work / f"{subject.label}.json", dump_factors(subject.definition))
+                write_text(records / f"{subject.label}.json", dump_factors(subject.definition))
         labels = [VARIANTS.get(name, name.partition("=")[0]) for name in chosen]
         now = [subject for label in labels for subject in everything if subject.label == label]
         measure(

@@ -93,7 +93,8 @@ def test_no_twins(subjects: list[Subject], change: dict[str, Any]) -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, work: Path, *words: object) -> None:
-    sizes = ["--lengths", "1000", "--tokens", "1000", "--no-write", "--work", work]
+    sizes = ["--lengths", "1000", "--tokens", "1000", "--no-write"]
+    sizes += ["--work", work, "--records", work]
     monkeypatch.setattr(sys, "argv", ["measure", *map(str, [*words, *sizes])])
     script.main()
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import struct
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,10 @@ from longrope_export.runtimes.base import RuntimeInfo
 from longrope_export.runtimes.llama_cpp import weight_precision
 
 _NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 def stored_precision(path: Path) -> str:
-    """The type that most bytes of a GGUF's or a folder's weights have: fp32, fp16, bf16 or another name.
+    """The type that most of a GGUF's or a folder's weights have: fp32, fp16, bf16 or another name.
 
     "unknown" for a folder without safetensors files.
 
@@ -26,29 +24,28 @@ def stored_precision(path: Path) -> str:
     """
     if path.is_file():
         return weight_precision(path)
-    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for file in sorted(path.glob("*.safetensors")):
-        sizes.update(_sizes_by_type(file))
-    if not sizes:
+        counts.update(_values_by_type(file))
+    if not counts:
         return "unknown"
-    name = sizes.most_common(1)[0][0]
+    name = counts.most_common(1)[0][0]
     return _NAMES.get(name, name.lower())
 
 
-def _sizes_by_type(path: Path) -> Counter[str]:
-    """Bytes of each type in a safetensors file, by its header."""
-    sizes: Counter[str] = Counter()
+def _values_by_type(path: Path) -> Counter[str]:
+    """How many values of each type a safetensors file holds, by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    counts: Counter[str] = Counter()
     try:
-        with path.open("rb") as file:
-            (count,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(count, _MOST_HEADER_BYTES)))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                sizes[entry["dtype"]] += end - begin
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
-        raise ModelError(f"{path}: damaged safetensors header: {error!r}") from error
-    return sizes
+        with safe_open(path, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                tensor = file.get_slice(name)
+                counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: damaged safetensors header: {error}") from error
+    return counts
 
 
 def as_stored(info: RuntimeInfo, source: Path) -> RuntimeInfo:
