@@ -53,19 +53,25 @@ def make_toy(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def bake(model: str, factors: Path, folder: Path) -> None:
+    """The model with its factors: evaluate's own --factors would measure it without them, too."""
+    command = [sys.executable, "-m", "longrope_export", "-q", "safetensors", model]
+    command += ["--factors", str(factors), "--remote-code", "--link", "-o", str(folder)]
+    subprocess.run(command, check=True)
+
+
 def measure(arguments: argparse.Namespace, model: str, text: Path, length: int) -> dict[str, Any]:
-    """The cell of one length, of the last of the models (the one with factors)."""
+    """The cell of one length."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "r.json"
         command = [sys.executable, "-m", "longrope_export", "-q", "evaluate", model]
         command += ["--text", str(text), "--lengths", str(length), "-o", str(output)]
-        if arguments.factors:
-            command += ["--factors", str(arguments.factors)]
         if arguments.threads:
             command += ["--threads", str(arguments.threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads or 2)}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-        return cells_of(read_results(output), "perplexity")[-1]
+        (cell,) = cells_of(read_results(output), "perplexity")
+        return cell
 
 
 def main() -> None:
@@ -92,6 +98,9 @@ def main() -> None:
             text = Path(folder) / "short.txt"  # to it a byte is a token, and all of a text is cut
             write_help_text(text)
             text.write_text(text.read_text(encoding="utf-8")[: max(lengths)], encoding="utf-8")
+        if arguments.factors:
+            bake(model, arguments.factors, Path(folder) / "baked")
+            model = str(Path(folder) / "baked")
         for length in lengths:
             cell = measure(arguments, model, text, length)
             row = (length, cell["peak_memory_bytes"] / (1 << 20), cell["tokens_per_second"])
