@@ -298,7 +298,7 @@ def caps(workdir: Path, values: Sequence[float]) -> None:
     """Recover the short windows of the whole plan under each limit of their factors; the first is compared with."""
     sizes, whole_run = Sizes(), workdir / "whole"
     run_plan(whole(sizes), whole_run)
-    (long,) = whole_run.glob("*-long/model")
+    (long,) = whole_run.glob("*-long/long")
     tuned, files = load_model(long), fetch_texts()
     stage = recovery(sizes)[-1]
     options = [f"--{name}" for name in ("algorithm", "documents", "budget-tokens", "gradient-steps", "recover")]  # fmt: skip
