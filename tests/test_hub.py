@@ -101,6 +101,10 @@ def test_settings_come_without_weights_and_nothing_that_runs(
 
     assert json.loads(run("inspect", REPOSITORY, "--json").stdout)
     run("factors", "yarn", REPOSITORY, "--target-length", 1024, "-o", tmp_path / "f.json")
+    stage = {"name": "yarn", "run": "factors", "method": "yarn", "target-length": 1024}
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in stage.items())
+    (tmp_path / "plan.toml").write_text(f"[[stage]]\n{lines}\n")
+    assert "yarn" in run("extend", REPOSITORY, tmp_path / "plan.toml", "--dry-run").stdout
     assert "config.json" in asked and not any(name.endswith(".safetensors") for name in asked)
     run("gguf", REPOSITORY, "--factors", tmp_path / "f.json", "--pre", "gpt-2", "-o", tmp_path / "m.gguf")  # fmt: skip
     assert "model.safetensors" in asked

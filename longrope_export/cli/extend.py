@@ -80,7 +80,10 @@ def command(
         if given is not None and not dry_run:
             raise ConfigError(f"{option} belongs to --dry-run: it would be ignored")
     folder = output or Path("run")
-    source = load_model(find_model(model, revision=revision, local_files_only=local_files_only))
+    found = find_model(
+        model, revision=revision, local_files_only=local_files_only, weights=not dry_run
+    )
+    source = load_model(found)
     refuse_quantized(source.path)
     check_outside(folder, source.path)
     written = load_plan(plan)

@@ -31,7 +31,7 @@ OWN_KEYS = {
 }
 # options on which a result does not depend but by rounding: they may change from try to try
 MACHINE = frozenset({
-    "build", "device", "no-memory-check", "ray", "ray-workers", "rows-per-pass", "save-steps", "threads",
+    "build", "device", "no-memory-check", "offload", "ray", "ray-workers", "rows-per-pass", "save-steps", "threads",
 })  # fmt: skip
 _TORCH = ("torch", "transformers")
 _EXTRAS = {  # kind -> (extra of pip, modules)
