@@ -14,6 +14,9 @@ from longrope_export.errors import ConfigError
 
 MAX_LENGTH = 1 << 31  # positions are int32 in every runtime we export to
 SMALLEST, LARGEST = 1e-30, 1e30  # well within the normal range of float32
+# as in the patched llama.cpp: no method goes beyond, and angles or keys in float16 would overflow
+RESCALE_BOUNDS = (1e-6, 1e9)
+ATTENTION_BOUNDS = (0.01, 100.0)
 
 
 class SwitchPolicy(StrEnum):
@@ -36,10 +39,12 @@ class FactorTier:
     Attributes:
         max_length: largest sequence length in tokens that uses this tier, inclusive.
         rescale_factors: (rotary_dim // 2,) divisors of inv_freq, pair 0 the fastest; above 1 the
-            rotation is slower. Values below 1 and slightly falling lists occur in published files.
+            rotation is slower; within RESCALE_BOUNDS. Values below 1 and slightly falling lists occur
+            in published files.
         num_start_tokens: how many leading positions keep the original rotation (the paper's
             n-hat): position p is not rescaled if p < num_start_tokens.
-        attention_factor: multiplier of cos and sin, so logits scale by its square.
+        attention_factor: multiplier of cos and sin, so logits scale by its square; within
+            ATTENTION_BOUNDS.
     """
 
     max_length: int
@@ -51,12 +56,12 @@ class FactorTier:
         where = f"tier max_length={self.max_length}"
         _check_int(where, "max_length", self.max_length, 1, MAX_LENGTH)
         _check_int(where, "num_start_tokens", self.num_start_tokens, 0, MAX_LENGTH)
-        _check_positive(where, "attention_factor", self.attention_factor)
+        _check_positive(where, "attention_factor", self.attention_factor, *ATTENTION_BOUNDS)
         object.__setattr__(self, "rescale_factors", tuple(self.rescale_factors))
         if not self.rescale_factors:
             raise ConfigError(f"{where}: rescale_factors is empty")
         for pair, factor in enumerate(self.rescale_factors):
-            _check_positive(where, f"rescale_factors[{pair}]", factor)
+            _check_positive(where, f"rescale_factors[{pair}]", factor, *RESCALE_BOUNDS)
 
     @property
     def is_plain(self) -> bool:
@@ -191,11 +196,13 @@ def _check_int(where: str, name: str, value: object, lowest: int, highest: int) 
         raise ConfigError(f"{where}: {name} must be an integer {lowest}..{highest}, got {value!r}")
 
 
-def _check_positive(where: str, name: str, value: object) -> None:
+def _check_positive(
+    where: str, name: str, value: object, lowest: float = SMALLEST, highest: float = LARGEST
+) -> None:
     """A number above 0 that float32 can hold: every target stores these as float32."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not SMALLEST <= value <= LARGEST:  # type: ignore[operator]
+    if not good or not lowest <= value <= highest:  # type: ignore[operator]
         raise ConfigError(
-            f"{where}: {name} must be a finite number above 0 ({SMALLEST:g} to {LARGEST:g}), "
+            f"{where}: {name} must be a finite number above 0 ({lowest:g} to {highest:g}), "
             f"got {value!r:.60}"
         )

@@ -145,7 +145,7 @@ BAD_FACTORS: dict[str, Callable[[dict[str, Any]], Any]] = {
         **v,
         "tiers": [{**v["tiers"][0], "rescale_factors": [1.0] * 7}],
     },
-    "must be a finite number above 0 (1e-30 to 1e+30), got nan": lambda v: {
+    "must be a finite number above 0 (1e-06 to 1e+09), got nan": lambda v: {
         **v,
         "tiers": [{**v["tiers"][0], "rescale_factors": [1.0] * 7 + [float("nan")]}],
     },

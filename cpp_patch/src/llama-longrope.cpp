@@ -89,8 +89,13 @@ class longrope_keys {
     const std::string    prefix;
 };
 
-bool is_positive(float x) {
-    return std::isnormal(x) && x > 0.0f;
+// beyond these bounds no method goes: angles or the keys in an F16 cache would overflow and end as NaN (NaN is outside too)
+bool is_rescale_factor(float x) {
+    return x >= 1e-6f && x <= 1e9f;
+}
+
+bool is_attention_factor(float x) {
+    return x >= 0.01f && x <= 100.0f;
 }
 
 // architectures whose graphs rotate Q and K of every layer, in this order, by ggml_rope_ext
@@ -187,15 +192,15 @@ std::shared_ptr<const llama_longrope> llama_longrope::load(const gguf_context * 
         if (starts[t] > INT32_MAX) {
             keys.fail("tier_start_tokens", format("must fit an int32, value %zu is %u", t, starts[t]));
         }
-        if (!is_positive(attn_factors[t])) {
-            keys.fail("tier_attn_factor", format("must be above 0 and finite, value %zu is %g", t, attn_factors[t]));
+        if (!is_attention_factor(attn_factors[t])) {
+            keys.fail("tier_attn_factor", format("must be from 0.01 to 100, value %zu is %g", t, attn_factors[t]));
         }
         llama_longrope_tier tier = { lengths[t], starts[t], attn_factors[t], {}, true };
         tier.factors.assign(factors.begin() + t * n_pairs, factors.begin() + (t + 1) * n_pairs);
         for (size_t i = 0; i < n_pairs; ++i) {
-            if (!is_positive(tier.factors[i])) {
+            if (!is_rescale_factor(tier.factors[i])) {
                 keys.fail("tier_factors",
-                          format("must be above 0 and finite, pair %zu of tier %zu is %g", i, t, tier.factors[i]));
+                          format("must be from 1e-6 to 1e9, pair %zu of tier %zu is %g", i, t, tier.factors[i]));
             }
             tier.plain = tier.plain && tier.factors[i] == 1.0f;
         }

@@ -125,13 +125,13 @@ static void test_keys() {
     }
     test("start window", array<uint32_t>("tier_start_tokens", U, { 0, 0x80000000u, 0 }), key("tier_start_tokens"));
     test("long start window", array<uint32_t>("tier_start_tokens", U, { 0x7FFFFFFFu, 0, 0 }), "");
-    for (const float bad : { nan, inf, -inf, 0.0f, -0.0f, -1.0f, 1e-40f }) {
+    for (const float bad : { nan, inf, -inf, 0.0f, -0.0f, -1.0f, 1e-40f, 1e-7f, 1e10f }) {
         std::vector<float> factors(96, 1.0f);
         factors[95] = bad;
         test("factor " + std::to_string(bad), array<float>("tier_factors", F, factors),
-             key("tier_factors") + " must be above 0 and finite, pair 31 of tier 2");
+             key("tier_factors") + " must be from 1e-6 to 1e9, pair 31 of tier 2");
         test("attention factor " + std::to_string(bad), array<float>("tier_attn_factor", F, { 1, bad, 1 }),
-             key("tier_attn_factor") + " must be above 0 and finite, value 1");
+             key("tier_attn_factor") + " must be from 0.01 to 100, value 1");
     }
 
     // optional keys
