@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from test_onnx import export, make_source, three_tiers
 from tiny_models import add_bpe_tokenizer
 
@@ -27,7 +27,7 @@ def make_verified(root: Path) -> Path:
     return root
 
 
-def run(root: Path, *arguments: object):  # type: ignore[no-untyped-def]
+def run(root: Path, *arguments: object) -> Result:
     """`verify` with paths below root."""
     words = [str(root / a) if a in ("m", "onnx", "other") else str(a) for a in arguments]
     return CliRunner().invoke(main, ["verify", *words, "--threads", "1"])

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from longrope_export.errors import ConfigError, ModelError
+from longrope_export.errors import ConfigError
 from longrope_export.finetune.hardware import Hardware
 from longrope_export.gguf_format import read_header
 from longrope_export.models.hf_config import read_hf_config
 from longrope_export.models.model import Model, ModelKind
+from longrope_export.models.safetensors_header import read_tensor_types
 from longrope_export.models.token_losses import LOGIT_VALUES
 from longrope_export.verify.tokens import vocabulary_size
 
@@ -233,15 +234,9 @@ def _gguf_shapes(path: Path) -> Mapping[str, tuple[int, ...]]:
 
 def _hf_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Shapes from the header of every safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name.startswith("consolidated"):  # Mistral's own file, the same weights again
             continue
-        try:
-            with safe_open(path, "numpy") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: damaged safetensors header: {error}") from error
+        shapes |= {name: shape for name, (_, shape) in read_tensor_types(path).items()}
     return shapes

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from longrope_export.errors import ModelError
+from longrope_export.models.safetensors_header import read_tensor_types
 from longrope_export.runtimes.base import RuntimeInfo
 from longrope_export.runtimes.llama_cpp import weight_precision
 
@@ -26,26 +26,12 @@ def stored_precision(path: Path) -> str:
         return weight_precision(path)
     counts: Counter[str] = Counter()
     for file in sorted(path.glob("*.safetensors")):
-        counts.update(_values_by_type(file))
+        for dtype, shape in read_tensor_types(file).values():
+            counts[dtype] += math.prod(shape)
     if not counts:
         return "unknown"
     name = counts.most_common(1)[0][0]
     return _NAMES.get(name, name.lower())
-
-
-def _values_by_type(path: Path) -> Counter[str]:
-    """How many values of each type a safetensors file holds, by its header."""
-    from safetensors import SafetensorError, safe_open
-
-    counts: Counter[str] = Counter()
-    try:
-        with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                tensor = file.get_slice(name)
-                counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: damaged safetensors header: {error}") from error
-    return counts
 
 
 def as_stored(info: RuntimeInfo, source: Path) -> RuntimeInfo:
