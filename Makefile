@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-cpp lint format schema bench clean
+.PHONY: demo test test-cpp lint format reference bench clean
 
 demo: $(VENV)/.user
 	$(BIN)/longrope-export demo
@@ -30,8 +30,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schema: $(VENV)/.dev
-	$(BIN)/python scripts/update_schema.py
+reference: $(VENV)/.dev
+	$(BIN)/python scripts/update_reference.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/gguf_export.py --workdir bench

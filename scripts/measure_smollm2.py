@@ -221,7 +221,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--lengths", default="8192,16384,32768", help="run now")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"run now: {', '.join(VARIANTS)}, NAME=f.json")  # fmt: skip
+    parser.add_argument("--variants", help=f"run now: {', '.join(VARIANTS)}, NAME=f.json, NAME of earlier [all of them]")  # fmt: skip
     parser.add_argument(
         "--tokens", type=int, default=TARGET, help="of the text, read at every length"
     )
@@ -244,7 +244,14 @@ def main() -> None:
     work: Path = arguments.work
     records: Path = arguments.records
     records.mkdir(parents=True, exist_ok=True)
-    chosen = [name for name in arguments.variants.split(",") if name]
+    stored = {path.stem: path for path in sorted(records.glob("*.json"))}
+    if arguments.variants is None:
+        arguments.variants = ",".join([*VARIANTS, *stored])
+    chosen = [
+        f"{name}={stored[name]}" if name in stored else name
+        for name in arguments.variants.split(",")
+        if name
+    ]
     for name in chosen:
         label, given, _ = name.partition("=")
         taken = label in (*VARIANTS, *VARIANTS.values())

@@ -199,8 +199,8 @@ def test_the_file_of_a_tier_is_what_its_stage_depends_on(place: Path, tier: str)
     ("keys", "problem"),
     [
         ('recipe = "poes-lora"', "did you mean pose-lora?"),
-        ("window = 2048", "rows of 2048 tokens, and the factors reach 1024"),
-        ('recipe = "own.toml"', "rows of 4096 tokens, and the factors reach 1024"),
+        ("window = 2048", "its rows have 2048 positions, the factors reach 1024"),
+        ('recipe = "own.toml"', "its rows have 4096 positions, the factors reach 1024"),
     ],
 )
 def test_a_recipe_is_read_before_anything_runs(place: Path, keys: str, problem: str) -> None:

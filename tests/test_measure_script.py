@@ -107,7 +107,7 @@ def test_earlier_variants_and_texts(
     run(monkeypatch, tmp_path, "--variants", f"mine={root / 'f.json'}")
     said = capsys.readouterr()
     assert "| mine |" in said.out and "multikey, mine" in said.err and " minutes" in said.err
-    run(monkeypatch, tmp_path, "--variants", "none")
+    run(monkeypatch, tmp_path, "--variants", "none,mine")
     said = capsys.readouterr()
     assert "| mine |" in said.out and "| as trained |" in said.out
     run(monkeypatch, tmp_path, "--variants", "none", "--text", tmp_path / "other.txt")

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
-from longrope_export.cli import COMMANDS, main
+from longrope_export.cli import COMMANDS
+from scripts.update_reference import REFERENCE, reference_text, walk_commands
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "longrope_export"
@@ -85,19 +86,10 @@ def test_converters_do_not_import_the_command_line(path: Path) -> None:
     assert not [name for name in imports_of(path) if name.startswith("longrope_export.cli")]
 
 
-def commands() -> list[tuple[str, click.Command]]:
-    context = click.Context(main)
-    found = []
-    for name in COMMANDS:
-        command = main.get_command(context, name)
-        assert command is not None
-        found.append((name, command))
-        if isinstance(command, click.Group):
-            found += [(f"{name} {sub}", child) for sub, child in command.commands.items()]
-    return found
+ALL_COMMANDS = list(walk_commands())
 
 
-@pytest.mark.parametrize(("name", "command"), commands(), ids=[name for name, _ in commands()])
+@pytest.mark.parametrize(("name", "command"), ALL_COMMANDS, ids=[name for name, _ in ALL_COMMANDS])
 def test_every_command_has_help_an_example_and_a_place_in_the_docs(
     name: str, command: click.Command
 ) -> None:
@@ -106,13 +98,17 @@ def test_every_command_has_help_an_example_and_a_place_in_the_docs(
     for option in command.params:
         if isinstance(option, click.Option):
             assert option.help, f"--{option.name} has no help"
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    documents = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {REFERENCE}
     text = "\n".join(document.read_text() for document in documents)
     assert f"longrope-export {name}" in text, "not mentioned in README.md or docs/"
 
 
+def test_the_reference_of_commands_is_current() -> None:
+    assert REFERENCE.read_text(encoding="utf-8") == reference_text(), "run `make reference`"
+
+
 def test_help_lines_agree_with_the_commands() -> None:
-    for name, command in commands():
+    for name, command in ALL_COMMANDS:
         if name in COMMANDS:
             assert command.help is not None
             assert command.help.strip().splitlines()[0] == COMMANDS[name][1]

@@ -26,7 +26,7 @@ METHOD_NAMES = ("pi", "ntk", "dynamic-ntk", "yarn", "llama3", "abf", "entropy-ab
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
-@click.argument("method", type=click.Choice([*METHOD_NAMES, "file"]))
+@click.argument("method", metavar="METHOD", type=click.Choice([*METHOD_NAMES, "file"]))
 @model_options
 @click.option("--target-length", type=int, help="New maximum length in tokens.")
 @click.option("--ladder", help="Tier lengths: 8192,16384,32768, or every:2048, or x1.25.")

@@ -15,7 +15,7 @@ from longrope_export.errors import ConfigError, ModelError
 from longrope_export.factor_files import read_factors
 from longrope_export.models.model import load_model
 from longrope_export.runtimes.base import Runtime
-from longrope_export.runtimes.http import served_model
+from longrope_export.runtimes.http_servers import served_model
 from longrope_export.runtimes.open import Export, open_runtime
 from longrope_export.verify.certificate import content_hash
 from longrope_export.verify.tokens import vocabulary_size

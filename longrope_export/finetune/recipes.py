@@ -175,6 +175,18 @@ class Recipe:
             changed["steps"] = None
         return dataclasses.replace(self, **changed)
 
+    def check_reach(self, target: int) -> None:
+        """Refuse rows that span more than factors for `target` tokens know.
+
+        Raises:
+            ConfigError: naming both numbers.
+        """
+        if self.window and self.window > target:
+            raise self._error(
+                f"its rows have {self.window} positions, the factors reach {target}: make factors "
+                f"for {self.window}, or give a window of {target}"
+            )
+
     def row_tokens(self, target: int) -> int:
         """Tokens of the longest row, for factors that reach `target`."""
         window = self.window or target

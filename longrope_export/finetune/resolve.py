@@ -125,14 +125,15 @@ class _Resolver(StageReader):
         return count
 
     def _check_recipe(self, draft: Draft, reach: int | None) -> None:
+        window = draft.values.get("window")
         try:
             recipe = load_recipe(str(draft.values["recipe"]))
+            if isinstance(window, int):
+                recipe = recipe.with_values({"window": window})
+            if reach is not None:
+                recipe.check_reach(reach)
         except ConfigError as error:
             self.problem(str(error))
-            return
-        window = draft.values.get("window") or recipe.window
-        if isinstance(window, int) and reach is not None and window > reach:
-            self.problem(f"rows of {window} tokens, and the factors reach {reach}: give window")
 
     def _fill_factors(self, options: Mapping[str, Option], draft: Draft, model: Made) -> None:
         current, kind = self.latest_factors, self.stage.kind

@@ -165,17 +165,12 @@ def finetune(
 
 
 def check_recipe(recipe: Recipe, config: LongRopeConfig) -> None:
-    """Refuse rows that reach beyond the factors, and mixed windows without a short tier.
+    """Refuse rows that reach beyond the factors, and rules that the tiers or the rows cannot follow.
 
     Raises:
-        ConfigError: naming both numbers.
+        ConfigError: naming what does not fit.
     """
-    window, target = recipe.window or config.max_position_embeddings, config.max_position_embeddings
-    if window > target:
-        raise ConfigError(
-            f"recipe {recipe.name}: its rows have {window} positions, the factors reach {target}: "
-            f"make factors for {window}, or give --window {target}"
-        )
+    recipe.check_reach(config.max_position_embeddings)
     if recipe.rule is not Rule.FROZEN and len(config.tiers) == 1:
         raise ConfigError(
             f"recipe {recipe.name}: rule {recipe.rule} trains under several tiers, the factors "

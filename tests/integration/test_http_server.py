@@ -19,7 +19,8 @@ from longrope_export.config import LongRopeConfig
 from longrope_export.errors import ModelError
 from longrope_export.factor_files import to_json
 from longrope_export.llama_cpp.binaries import require_binaries
-from longrope_export.runtimes.http import HttpModel, served_model
+from longrope_export.runtimes.http import HttpModel
+from longrope_export.runtimes.http_servers import served_model
 from longrope_export.runtimes.open import parse_export
 from longrope_export.verify.plan import make_cases
 from longrope_export.verify.rows import ReferenceRows
