@@ -174,7 +174,7 @@ def number(value: float | None) -> str:
     """Four digits or so."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:,.0f}"
+    return f"{value:#.4g}" if abs(value) < 999.95 or not math.isfinite(value) else f"{value:,.0f}"
 
 
 def _perplexity_note(results: Mapping[str, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from longrope_export.evaluate.results import number
+
 FORMAT = "longrope-finetune"
 HEADER = ("rule", "perplexity", "by stretch of the window", "needles", "needle digits right")
 
@@ -20,7 +22,7 @@ def rule_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             found = row["needle_tokens"]
             yield (
                 f"{switch}, {when}",
-                f"{row['perplexity']:.4g}",
+                number(row["perplexity"]),
                 _short(row["stretches"]),
                 f"{row['needle_loss']:.3f} nats" if found else "-",
                 f"{row['needle_hits']} of {found}" if found else "-",
@@ -31,7 +33,7 @@ def _short(stretches: Sequence[float], most: int = 4) -> str:
     """A few stretches, the first and the last among them."""
     step = max(1, -(-(len(stretches) - 1) // (most - 1)))
     shown = [*stretches[:-1:step], stretches[-1]]
-    return " ".join(f"{value:.4g}" for value in shown)
+    return " ".join(map(number, shown))
 
 
 def words(result: Mapping[str, Any]) -> str:

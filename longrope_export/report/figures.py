@@ -85,14 +85,14 @@ def _short(length: int) -> str:
 
 def _perplexity_axis(axes: Any) -> None:
     """Logarithmic where a model falls apart, so that the others are still told apart."""
-    from matplotlib.ticker import LogFormatter, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogFormatter
 
     low, high = axes.get_ylim()
     if high > 4 * max(low, 1e-9):
         axes.set_yscale("log")
-        wide = high > 100 * max(low, 1e-9)
-        axes.yaxis.set_major_formatter(LogFormatter() if wide else ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter() if wide else ScalarFormatter())
+        axes.yaxis.set_major_formatter(LogFormatter())
+        # within two decades some of the lines between are labelled, within 0.7 all of them
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.7)))
     axes.set_ylabel("perplexity")
 
 
@@ -100,14 +100,14 @@ def by_length(results: Mapping[str, Any]) -> Any:
     """Perplexity of every model over the window length; a matplotlib Figure."""
     figure, axes = _new_figure()
     lengths = lengths_of(results, PERPLEXITY)
-    for model in labels(results):
+    for place, model in enumerate(labels(results)):
         points = [
             (length, perplexity_of(pooled_loss(cells)))
             for length in lengths
             if (cells := cells_of(results, PERPLEXITY, model, length))
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=as_label(model))
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{place}", label=as_label(model))
     _length_axis(axes, lengths, "window, tokens")
     _perplexity_axis(axes)
     axes.legend()
@@ -116,12 +116,12 @@ def by_length(results: Mapping[str, Any]) -> Any:
 
 def _by_position(results: Mapping[str, Any], length: int) -> Any:
     figure, axes = _new_figure()
-    for model in labels(results):
+    for place, model in enumerate(labels(results)):
         stretches = pooled_stretches(cells_of(results, PERPLEXITY, model, length))
         if stretches:
             middles = [(begin + end) / 2 for begin, end, _ in stretches]
             values = [perplexity_of(loss) for _, _, loss in stretches]
-            axes.plot(middles, values, ".-", label=as_label(model))
+            axes.plot(middles, values, ".-", color=f"C{place}", label=as_label(model))
     axes.set_xlim(0, length)
     axes.set_xlabel("position of the token in its window")
     _perplexity_axis(axes)
@@ -165,14 +165,14 @@ def _square(column: int, row: int, share: float) -> Any:
 def _found(results: Mapping[str, Any], kind: str) -> Any:
     figure, axes = _new_figure(2.6)
     lengths = lengths_of(results, kind)
-    for model in labels(results):
+    for place, model in enumerate(labels(results)):
         points = [
             (n, sum(c["numbers_right"] for c in cells) / sum(c["numbers"] for c in cells))
             for n in lengths
             if (cells := cells_of(results, kind, model, n))
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=as_label(model))
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{place}", label=as_label(model))
     _length_axis(axes, lengths, "prompt, tokens")
     axes.set_ylim(-0.04, 1.04)
     axes.set_ylabel("numbers found")

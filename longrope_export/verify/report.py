@@ -179,9 +179,12 @@ def draw_differences(certificate: Mapping[str, Any], size: tuple[float, float] =
             continue
         positions = [row[0] for row in rows]
         label = f"{export['runtime']}, {export['precision']}"
+        many = len(rows) > 500  # megabytes in an SVG
         for axes, column in ((above, 2), (below, 3)):
             values = [max(row[column], _FLOOR) for row in rows]
-            axes.plot(positions, values, ".", color=f"C{number}", label=label, alpha=0.6)
+            axes.plot(
+                positions, values, ".", color=f"C{number}", label=label, alpha=0.6, rasterized=many
+            )
     for axes, title in ((above, "largest |logit difference|"), (below, "KL divergence, nats")):
         axes.set_yscale("log")
         axes.set_title(title, loc="left", fontsize=10)
