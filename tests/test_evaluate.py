@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from evaluated import HELP, Scripted, ladder, make_root
+from tiny_models import add_bpe_tokenizer, make_model
 
 from longrope_converters.to_gguf.convert import GgufConverter, GgufOptions
 from longrope_export.errors import ConfigError
 from longrope_export.evaluate.end_tokens import end_tokens
 from longrope_export.evaluate.needle import (
+    Puzzle,
     Question,
     beginning,
     continuation,
@@ -23,6 +26,7 @@ from longrope_export.evaluate.needle import (
     make_puzzle,
 )
 from longrope_export.evaluate.perplexity import make_windows, score_text
+from longrope_export.evaluate.questions import compare_answers
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation
 from longrope_export.evaluate.settings import Cell, Settings, make_cells
 from longrope_export.evaluate.subjects import make_subjects
@@ -253,6 +257,82 @@ def test_answers_are_what_transformers_generates(root: Path, name: str) -> None:
         text += made
     assert generation.sequence.length == len(text) - 1
     assert generation.read[0] + generation.made[0] == len(text) - 1
+
+
+def test_right_answers_are_compared_as_in_one_forward_of_all(tmp_path: Path) -> None:
+    """Every token of every answer, in the whole text with all right answers in it."""
+    settings = {"initializer_range": 0.15, "max_position_embeddings": 1024}
+    folder = make_model(tmp_path / "m", dtype="float32", **settings)
+    add_bpe_tokenizer(folder)
+    runtime = HfModel(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    puzzle = make_puzzle("multikey", 900, 0, 0, count=3)
+    prompt, _ = fit_prompt(puzzle, HELP, 900, lambda text: tokenizer(text).input_ids)
+    generation = Generation(runtime, runtime.start())
+    found = list(compare_answers(generation, puzzle, prompt, lambda t: tokenizer(t).input_ids))
+    dialogue, places = "", []
+    for question in puzzle.questions:
+        dialogue += question.text
+        places.append((len(dialogue), len(dialogue) + 7))
+        dialogue += f" {question.values[0]}."
+    said = tokenizer(dialogue, return_offsets_mapping=True)
+    head = len(prompt) - len(tokenizer(puzzle.questions[0].text).input_ids)
+    ids = [*prompt[:head], *said.input_ids[:-1]]  # without the last full stop
+    assert ids[: len(prompt)] == prompt
+    spans = [
+        [
+            head + n
+            for n, (begin, end) in enumerate(said.offset_mapping)
+            if first <= begin < end <= last
+        ]
+        for first, last in places
+    ]
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for span, answer, question in zip(spans, found, puzzle.questions, strict=True):
+        rows, right = log_p[torch.tensor(span) - 1], torch.tensor(ids)[span]
+        assert tokenizer.decode(right) == f" {question.values[0]}"
+        assert answer.text == tokenizer.decode(rows.argmax(-1))
+        assert answer.loss == pytest.approx(-rows[range(len(span)), right].sum().item(), rel=1e-4)
+        hits = rows.argmax(-1) == right
+        assert answer.numbers == int(hits.all())
+        assert answer.digits == sum(map(str.isdigit, tokenizer.decode(right[hits])))
+    assert generation.sequence.length == len(ids) - 1 <= 900
+
+
+class Knowing:
+    """Says what comes next in one text, whatever it was told; one byte is one token."""
+
+    def __init__(self, text: str, wrong: int) -> None:
+        self.text, self.wrong, self.length = text.encode(), wrong, 0
+        self.info = SimpleNamespace(log_probabilities=None)
+
+    def append(self, tokens: list[int], *, keep: int | None = None) -> Any:
+        assert bytes(tokens) == self.text[self.length : self.length + len(tokens)]
+        self.length += len(tokens)
+        rows = torch.zeros(len(tokens), 256)
+        for row, place in enumerate(range(self.length - len(tokens) + 1, self.length + 1)):
+            rows[row, self.text[place] if place != self.wrong else 63] = 9.0
+        return rows[-keep:].numpy() if keep else rows.numpy()
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode()
+
+
+def test_an_error_costs_one_digit_and_one_number() -> None:
+    puzzle = Puzzle("", (), (Question("A is:", ("123456",)), Question("B is:", ("654321",))))
+    whole = "Some text. A is: 123456.B is: 654321."
+    for wrong, expected in (
+        (-1, [(" 123456", 6, 1), (" 654321", 6, 1)]),
+        (whole.index("3456"), [(" 12?456", 5, 0), (" 654321", 6, 1)]),
+        (whole.index(" 654"), [(" 123456", 6, 1), ("?654321", 6, 0)]),
+    ):
+        knowing: Any = Knowing(whole, wrong)
+        prompt = list(b"Some text. A is:")
+        answers = compare_answers(Generation(knowing, knowing), puzzle, prompt, lambda t: list(t.encode()))  # fmt: skip
+        assert [(a.text, a.digits, a.numbers) for a in answers] == expected
+        assert knowing.length == len(whole) - 2  # the last digit and the full stop are not read
 
 
 def test_an_end_token_ends_an_answer(tmp_path: Path) -> None:

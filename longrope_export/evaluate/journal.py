@@ -14,7 +14,7 @@ from longrope_export.errors import OutputError
 from longrope_export.evaluate.settings import Cell
 
 FORMAT = "longrope-evaluation-cells"
-VERSION = 2
+VERSION = 3
 
 
 def journal_path(output: Path) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 from longrope_export.errors import ConfigError
 
 DIGITS = 6  # of every hidden number
-KINDS = ("passkey", "multikey", "multivalue")
+KINDS = PASSKEY, MULTIKEY, MULTIVALUE = ("passkey", "multikey", "multivalue")
 _TOKENS_PER_NUMBER = 2 * DIGITS  # digit by digit, with words between
 _SENTENCE = 400  # characters within which the end of a sentence is looked for
 _SLACK = 8  # tokens that a prompt may be shorter than asked for
@@ -85,7 +85,7 @@ class Question:
     """One question.
 
     Attributes:
-        text: stands behind everything before it; the answer goes on from there.
+        text: stands behind everything before it, and ends where the answer begins.
         values: numbers that a right answer names, as text.
     """
 
@@ -125,7 +125,7 @@ class Puzzle:
     Attributes:
         head: what comes first.
         facts: (depth, sentence), by rising depth: 0 is the beginning of the text, 1 its end.
-        questions: asked in turn, each behind the answer to the one before.
+        questions: asked in turn, each behind an answer to the one before.
     """
 
     head: str
@@ -140,7 +140,7 @@ def make_puzzle(
 
     Args:
         kind: passkey: one number at `depth`. multikey: `count` keys with a number each, spread over
-            the text, all asked for. multivalue: `count` numbers of one key, spread, asked for at once.
+            the text, all asked for, a question each. multivalue: `count` numbers of one key, spread, asked for at once.
         length: tokens of the prompt; only makes the numbers differ.
 
     Raises:

@@ -106,7 +106,7 @@ def _losses(rows: Logits, following: Sequence[int], are_logits: bool) -> Floats:
 
 @dataclass
 class Generation:
-    """A sequence that is read and continued greedily, in turn.
+    """A sequence that is read, and continued greedily or compared with right answers, in turn.
 
     Attributes:
         sequence: of a runtime.
@@ -141,11 +141,7 @@ class Generation:
         Raises:
             ModelError: the runtime has no tokenizer, or gives logits that are not numbers.
         """
-        given = [*([] if self._waiting is None else [self._waiting]), *tokens]
-        self._waiting = None
-        begun = time.perf_counter()
-        rows = self.sequence.append(given, keep=1)
-        self.read = (self.read[0] + len(given), self.read[1] + time.perf_counter() - begun)
+        rows = self._read(tokens, 1)
         made: list[int] = []
         text = ""
         while True:
@@ -165,3 +161,33 @@ class Generation:
             begun = time.perf_counter()
             rows = self.sequence.append([token], keep=1)
             self.made = (self.made[0] + 1, self.made[1] + time.perf_counter() - begun)
+
+    def compare(self, tokens: Sequence[int], answer: Sequence[int]) -> tuple[list[int], Floats]:
+        """Read tokens and the right answer to them, and see what the model would have said.
+
+        The last token of the answer is read with what comes next.
+
+        Args:
+            tokens, answer: at least one of each.
+
+        Returns:
+            In place of each token of the answer, given all that are right before it, the likeliest
+            token; and (len(answer),) -ln p of the right one, nats, NaN where a server did not name it.
+
+        Raises:
+            ModelError: the runtime gives logits that are not numbers.
+        """
+        rows = self._read([*tokens, *answer[:-1]], len(answer))
+        self._waiting = answer[-1]
+        if np.isnan(rows).all(axis=1).any():
+            raise _not_numbers(self.runtime, self.sequence.length)
+        likeliest = [int(token) for token in np.nanargmax(rows, axis=1)]
+        return likeliest, _losses(rows, answer, self.runtime.info.log_probabilities is None)
+
+    def _read(self, tokens: Sequence[int], keep: int) -> Logits:
+        given = [*([] if self._waiting is None else [self._waiting]), *tokens]
+        self._waiting = None
+        begun = time.perf_counter()
+        rows = self.sequence.append(given, keep=keep)
+        self.read = (self.read[0] + len(given), self.read[1] + time.perf_counter() - begun)
+        return rows

@@ -15,14 +15,16 @@ from longrope_export.errors import ConfigError, ModelError
 from longrope_export.evaluate.end_tokens import end_tokens
 from longrope_export.evaluate.memory_use import PeakMemory
 from longrope_export.evaluate.needle import (
-    KINDS,
+    DIGITS,
+    MULTIKEY,
+    MULTIVALUE,
     Puzzle,
     beginning,
-    continuation,
     fit_prompt,
     make_puzzle,
 )
 from longrope_export.evaluate.perplexity import score_text
+from longrope_export.evaluate.questions import answer_greedily, compare_answers
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation
 from longrope_export.evaluate.settings import LM_EVAL, PERPLEXITY, Cell, Settings, Text
 from longrope_export.evaluate.subjects import Subject
@@ -160,7 +162,7 @@ class Session:
 
     def _prompt(self, runtime: Runtime, cell: Cell) -> tuple[Puzzle, list[int]]:
         """What is asked, and the prompt that ends with the first question."""
-        counts = {KINDS[1]: self._settings.num_keys, KINDS[2]: self._settings.num_values}
+        counts = {MULTIKEY: self._settings.num_keys, MULTIVALUE: self._settings.num_values}
         puzzle = make_puzzle(
             cell.task,
             cell.length,
@@ -176,28 +178,23 @@ class Session:
     def _needle(self, runtime: Runtime, cell: Cell) -> dict[str, Any]:
         puzzle, prompt = self._prompt(runtime, cell)
 
-        def ids(text: str) -> list[int]:
-            return tokenize(runtime, text)
-
         sequence = runtime.start(declared_length=cell.length, chunk_size=READ_CHUNK)
         generation = Generation(runtime, sequence, self._ends)
-        answers, digits, numbers = [], 0, 0
-        for number, question in enumerate(puzzle.questions):
-            given = continuation(question.text, ids) if number else prompt
-            _, text = generation.answer(given, question.most_tokens, question.is_answered)
-            right = question.score(text)
-            digits, numbers = digits + right[0], numbers + right[1]
-            answers.append({"expected": list(question.values), "answer": text})
-        asked = sum(len(question.values) for question in puzzle.questions)
+        ask = compare_answers if cell.task == MULTIKEY else answer_greedily
+        answers = list(ask(generation, puzzle, prompt, partial(tokenize, runtime)))
+        asked = sum(len(answer.expected) for answer in answers)
+        numbers = sum(answer.numbers for answer in answers)
+        losses = [answer.loss for answer in answers if answer.loss is not None]
         read, made = generation.read, generation.made
         return {
-            "digits_right": digits,
-            "digits": sum(len(v) for question in puzzle.questions for v in question.values),
+            "digits_right": sum(answer.digits for answer in answers),
+            "digits": DIGITS * asked,
             "numbers_right": numbers,
             "numbers": asked,
             "exact": numbers == asked,
+            "loss": sum(losses) / asked if len(losses) == len(answers) else None,
             "prompt_tokens": len(prompt),
-            "answers": answers,
+            "answers": [{"expected": list(a.expected), "answer": a.text} for a in answers],
             "seconds": round(read[1] + made[1], 3),
             "tokens_per_second": read[0] / max(read[1], 1e-9),
             "generated_per_second": made[0] / made[1] if made[0] else None,

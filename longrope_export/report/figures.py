@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from longrope_export.evaluate.needle import KINDS
+from longrope_export.evaluate.needle import KINDS, PASSKEY
 from longrope_export.evaluate.perplexity import perplexity_of
 from longrope_export.evaluate.results import (
     cells_of,
@@ -58,14 +58,14 @@ def _result_plots(results: Mapping[str, Any], number: int) -> Iterator[Plot]:
         draw = partial(_by_position, results, length)
         yield Plot(f"position-{length}-{number}", "perplexity", title, draw)
     for place, model in enumerate(labels(results), 1):
-        if cells_of(results, KINDS[0], model):
+        if cells_of(results, PASSKEY, model):
             title = f"Passkey, digits right, {model}"
             draw = partial(_heat_map, results, model)
             yield Plot(f"passkey-{number}-{place}", "needles", title, draw)
     for kind in KINDS[1:]:
         if cells_of(results, kind):
             draw = partial(_found, results, kind)
-            yield Plot(f"{kind}-{number}", "needles", f"{kind}, numbers found", draw)
+            yield Plot(f"{kind}-{number}", "needles", f"{kind}, digits right", draw)
 
 
 def _new_figure(height: float = _SIZE[1]) -> tuple[Any, Any]:
@@ -130,7 +130,7 @@ def _by_position(results: Mapping[str, Any], length: int) -> Any:
 
 
 def _heat_map(results: Mapping[str, Any], model: str) -> Any:
-    cells = cells_of(results, KINDS[0], model)
+    cells = cells_of(results, PASSKEY, model)
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
     figure, axes = _new_figure(0.9 + 0.36 * len(depths))
@@ -167,7 +167,7 @@ def _found(results: Mapping[str, Any], kind: str) -> Any:
     lengths = lengths_of(results, kind)
     for place, model in enumerate(labels(results)):
         points = [
-            (n, sum(c["numbers_right"] for c in cells) / sum(c["numbers"] for c in cells))
+            (n, sum(c["digits_right"] for c in cells) / sum(c["digits"] for c in cells))
             for n in lengths
             if (cells := cells_of(results, kind, model, n))
         ]
@@ -175,6 +175,6 @@ def _found(results: Mapping[str, Any], kind: str) -> Any:
             axes.plot(*zip(*points, strict=True), "o-", color=f"C{place}", label=as_label(model))
     _length_axis(axes, lengths, "prompt, tokens")
     axes.set_ylim(-0.04, 1.04)
-    axes.set_ylabel("numbers found")
+    axes.set_ylabel("digits right")
     axes.legend()
     return figure

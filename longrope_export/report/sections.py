@@ -200,7 +200,10 @@ def _tables(inputs: ReportInputs, title: str) -> Iterator[Html]:
 def _needle_words(inputs: ReportInputs) -> Iterator[Html]:
     for kind, words in (
         ("passkey", "One number, hidden at several depths of a text of the given length."),
-        ("multikey", "Several keys with a number each; all are asked for, in turn."),
+        (
+            "multikey",
+            "Several keys with a number each; all are asked for, in turn, with the right answers to those before.",
+        ),
         ("multivalue", "Several numbers of one key, asked for at once."),
     ):
         found = [*_tables(inputs, kind)]
