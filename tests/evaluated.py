@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from click.testing import CliRunner, Result
 from test_onnx import export
 from tiny_models import add_bpe_tokenizer, make_model
 
+from longrope_export.cli import main
 from longrope_export.config import FactorTier, LongRopeConfig
 from longrope_export.factor_files import to_json
 from longrope_export.models.model import load_model
@@ -47,6 +49,13 @@ def make_root(folder: Path) -> Path:
     export(source, config, folder / "m-onnx")
     (folder / "help.txt").write_text(HELP)
     return folder
+
+
+def run_evaluate(root: Path, *words: object) -> Result:
+    """`evaluate` with paths below root."""
+    known = {path.name for path in root.iterdir()}
+    inside = [str(root / str(w)) if str(w) in known else str(w) for w in words]
+    return CliRunner().invoke(main, ["evaluate", *inside])
 
 
 class Scripted:

@@ -120,3 +120,8 @@ def reference_logits(model: Any, config: LongRopeConfig, ids: Tensor, tier: int 
 
 def tier_index(config: LongRopeConfig, length: int) -> int:
     return next(i for i, tier in enumerate(config.tiers) if length <= tier.max_length)
+
+
+def some_ids(rows: int, length: int) -> Tensor:
+    """(rows, length) ids of the toy, always the same."""
+    return torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(9))
