@@ -212,10 +212,11 @@ def test_what_has_changed_since_is_named(
     assert Path("run/plan.toml").read_text() == PLAN
 
 
-def test_a_run_may_go_on_with_other_devices(place: Path) -> None:
+@pytest.mark.parametrize("key", ['device = ["cuda:0", "cuda:1"]', 'offload = "disk"'])
+def test_a_run_may_go_on_with_other_devices(place: Path, key: str) -> None:
     run()
     calls()
-    machine = PLAN.replace("= 512\n", '= 512\ndevice = ["cuda:0", "cuda:1"]\n')
+    machine = PLAN.replace("= 512\n", f"= 512\n{key}\n")
     run(machine.replace("= 5\n", "= 5\nprocesses = 2\n"))
     assert calls() == []
 
