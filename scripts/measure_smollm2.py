@@ -1,4 +1,4 @@
-"""Write docs/evaluation.md and docs/evaluation.png: SmolLM2 beyond its window, variant by variant.
+"""Write docs/evaluation.md and its plots: SmolLM2 beyond its window, variant by variant.
 
     python scripts/measure_smollm2.py --lengths 8192 --variants none,yarn
     python scripts/measure_smollm2.py --lengths 8192,16384,32768 --trials 3
@@ -8,7 +8,7 @@ Fetches SmolLM2 where it is missing. One length and variant after the other, in 
 runs and on as many machines as one likes: what is finished is kept in --records, and the table holds all of it. Before
 each part stands what it will roughly take; a pass over 32768 tokens costs some 15 minutes of two old cores. What
 two variants compute alike (a ladder below its first border, and the model as trained) is run once.
-The block `evaluation` of README.md, where there is one, gets the same table.
+The block `evaluation` of README.md gets the same table.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from longrope_export.config import LongRopeConfig, SwitchPolicy
 from longrope_export.definition import dump_factors
 from longrope_export.demo.material import fetch_smollm2, write_help_text
 from longrope_export.evaluate.journal import Journal
-from longrope_export.evaluate.results import make_results, markdown_table, tables
+from longrope_export.evaluate.results import lengths_of, make_results, markdown_table, tables
 from longrope_export.evaluate.run import evaluate, open_journal
 from longrope_export.evaluate.session import Options
 from longrope_export.evaluate.settings import PERPLEXITY, Cell, Settings, Text, make_cells
@@ -40,9 +41,9 @@ from longrope_export.llama_cpp.cache import cache_folder
 from longrope_export.models.model import Model, load_model
 from longrope_export.outputs import write_text
 from longrope_export.report.drawing import Plot, save_plots
-from longrope_export.report.figures import by_length
+from longrope_export.report.figures import by_length, by_position
 from longrope_export.runtimes.open import parse_export
-from scripts.readme import has_block, write_block
+from scripts.readme import write_block
 from scripts.twins import take_twins
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +181,7 @@ def _announcer(seconds: dict[str, float]) -> Callable[[str, float], None]:
 def write_documents(
     results: dict[str, Any], tokens: int, *, dtype: str = "float32", root: Path = ROOT
 ) -> None:
-    """docs/evaluation.md and .png, and the block of the README, where it has one."""
+    """docs/evaluation.md with its plots, and the block of the README."""
     shown = [table for table in tables(results) if table.title != "Speed and memory"]
     parts = []
     for table in shown:
@@ -192,14 +193,21 @@ def write_documents(
         f"Text: {names}, its first {tokens:,} tokens in windows side by side; the hidden numbers "
         f"stand in the same text.{computed} {results['platform']}, {results['created'][:10]}.\n"
     )
+    longest = max(lengths_of(results, PERPLEXITY))
+    draw = {"evaluation": by_length, "evaluation-positions": partial(by_position, length=longest)}
+    plots = [
+        Plot(name, "perplexity", "", partial(figure, results)) for name, figure in draw.items()
+    ]
+    save_plots(plots, root / "docs")
+    for name in draw:
+        (root / "docs" / f"{name}.svg").unlink()
     plot = "![Perplexity by window length]"
-    page = f"{HEAD}{text}\n{words}\n{plot}(evaluation.png)\n"
+    positions = (
+        f"![Perplexity by position in a window of {longest:,} tokens](evaluation-positions.png)"
+    )
+    page = f"{HEAD}{text}\n{words}\n{plot}(evaluation.png)\n\n{positions}\n"
     write_text(root / "docs" / "evaluation.md", page)
-    save_plots([Plot("evaluation", "perplexity", "", lambda: by_length(results))], root / "docs")
-    (root / "docs" / "evaluation.svg").unlink()
-    readme = root / "README.md"
-    if has_block(BLOCK, readme):
-        write_block(BLOCK, f"{text}\n{plot}(docs/evaluation.png)", readme)
+    write_block(BLOCK, f"{text}\n{plot}(docs/evaluation.png)", root / "README.md")
 
 
 def prepare(work: Path, text: Path | None) -> tuple[Path, Text]:

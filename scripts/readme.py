@@ -9,10 +9,6 @@ from longrope_export.outputs import write_text
 README = Path(__file__).parent.parent / "README.md"
 
 
-def has_block(name: str, readme: Path = README) -> bool:
-    return f"<!-- {name}: begin -->" in readme.read_text(encoding="utf-8")
-
-
 def write_block(name: str, text: str, readme: Path = README) -> None:
     """Put `text` in the place of what the block held.
 

@@ -9,7 +9,7 @@
 | demo | longrope-export demo --lengths 8192,16384 | perplexity before and after |
 | speed | benchmarks/gguf_export.py | ratios against llama.cpp's converter and cp |
 | parity | scripts/update_parity.py | largest differences of each float32 export |
-| evaluation | scripts/measure_smollm2.py | SmolLM2 beyond its window, where the README has that block |
+| evaluation | scripts/measure_smollm2.py | SmolLM2 beyond its window |
 
 The last two keep what they have measured, write docs/ too, and can be run by themselves, in as many runs as one
 likes. The speeds want a machine that does nothing else, and 15 GB of disk.

@@ -18,7 +18,6 @@ from longrope_export.evaluate.settings import Cell, Settings, Text
 from longrope_export.evaluate.subjects import Subject, make_subjects
 from longrope_export.runtimes.open import parse_export
 from scripts import measure_smollm2 as script
-from scripts.readme import has_block
 from scripts.twins import are_twins
 from scripts.update_readme import PARTS
 
@@ -130,14 +129,16 @@ def test_what_is_written(subjects: list[Subject], tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     readme = tmp_path / "README.md"
     readme.write_text("<!-- evaluation: begin -->\n<!-- evaluation: end -->\n")
-    assert has_block(script.BLOCK, readme)
-    result = {"loss": 1.0, "scored_tokens": 9, "tokens_sha256": "0", "stretches": []}
+    result = {"loss": 1.0, "scored_tokens": 9, "tokens_sha256": "0"}
+    result["stretches"] = [[0, 250, 1.0, 249]]
     cells = [(Cell("perplexity", "none", n, "t", 1000), result) for n in (250, 500)]
     results = make_results(subjects[:1], [Text("t", "")], SETTINGS, cells)
     script.write_documents(results, 1000, dtype="bfloat16", root=tmp_path)
     page = (tmp_path / "docs" / "evaluation.md").read_text()
     assert "Computed in bfloat16" in page and "Speed" not in page
-    assert (tmp_path / "docs" / "evaluation.png").is_file()
+    drawn = ("evaluation.md", "evaluation.png", "evaluation-positions.png")
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == set(drawn)
+    assert "window of 500 tokens](evaluation-positions.png)" in page
     assert "](docs/evaluation.png)" in readme.read_text() and "| none |" in readme.read_text()
     script.write_documents(results, 1000, root=tmp_path)
     assert "Computed in" not in (tmp_path / "docs" / "evaluation.md").read_text()

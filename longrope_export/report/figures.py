@@ -55,7 +55,7 @@ def _result_plots(results: Mapping[str, Any], number: int) -> Iterator[Plot]:
         yield Plot(f"perplexity-{number}", "perplexity", title, draw)
     for length in lengths:
         title = f"Perplexity by position in a window of {length:,} tokens"
-        draw = partial(_by_position, results, length)
+        draw = partial(by_position, results, length)
         yield Plot(f"position-{length}-{number}", "perplexity", title, draw)
     for place, model in enumerate(labels(results), 1):
         if cells_of(results, PASSKEY, model):
@@ -114,7 +114,8 @@ def by_length(results: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _by_position(results: Mapping[str, Any], length: int) -> Any:
+def by_position(results: Mapping[str, Any], length: int) -> Any:
+    """Perplexity of every model along a window of `length` tokens; a matplotlib Figure."""
     figure, axes = _new_figure()
     for place, model in enumerate(labels(results)):
         stretches = pooled_stretches(cells_of(results, PERPLEXITY, model, length))
