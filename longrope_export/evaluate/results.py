@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrope_export.definition import to_json
 from longrope_export.errors import ModelError
-from longrope_export.evaluate.needle import KINDS
+from longrope_export.evaluate.needle import KINDS, MULTIKEY
 from longrope_export.evaluate.perplexity import perplexity_of
 from longrope_export.evaluate.settings import LM_EVAL, PERPLEXITY, Cell, Settings, Text
 from longrope_export.evaluate.subjects import Subject
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FORMAT = "longrope-evaluation"
 VERSION = 1
 _MIB = 1 << 20
+_NATS = "; -ln p of a number"  # 13.8 for six digits that are guessed
 
 
 def make_results(
@@ -156,7 +157,7 @@ def tables(results: Mapping[str, Any]) -> Iterator[Table]:
         lengths = lengths_of(results, kind)
         if lengths:
             yield Table(
-                f"{kind}: numbers right of all (digits right)",
+                f"{kind}: numbers right of all (digits right{_NATS if kind == MULTIKEY else ''})",
                 ("model", *(f"{n:,}" for n in lengths)),
                 tuple((m, *(_found(cells_of(results, kind, m, n)) for n in lengths)) for m in models),
             )  # fmt: skip
@@ -192,7 +193,9 @@ def _found(cells: Sequence[Mapping[str, Any]]) -> str:
         return "-"
     right, asked = (sum(c[name] for c in cells) for name in ("numbers_right", "numbers"))
     digits = sum(c["digits_right"] for c in cells) / sum(c["digits"] for c in cells)
-    return f"{right}/{asked} ({digits:.0%})"
+    losses = [c["loss"] for c in cells if c.get("loss") is not None]
+    nats = f"; {sum(losses) / len(losses):.1f}" if len(losses) == len(cells) else ""
+    return f"{right}/{asked} ({digits:.0%}{nats})"
 
 
 def _task_tables(results: Mapping[str, Any], models: Sequence[str]) -> Iterator[Table]:
