@@ -264,9 +264,8 @@ def main() -> None:
         label, given, _ = name.partition("=")
         taken = label in (*VARIANTS, *VARIANTS.values())
         if taken if given else label not in VARIANTS:
-            parser.error(
-                f"variant {name}: expected one of {', '.join(VARIANTS)}, or NEW-NAME=f.json"
-            )
+            known = ", ".join([*VARIANTS, *stored])
+            parser.error(f"variant {name}: expected one of {known}, or NEW-NAME=f.json")
     own = [name for name in chosen if "=" in name]
 
     folder, text = prepare(work, arguments.text)

@@ -17,8 +17,8 @@ from rich.console import Console
 from tiny_models import edit_json
 
 from longrope_export.errors import OutputError
-from longrope_export.evaluate.journal import Journal, journal_path
-from longrope_export.evaluate.results import cells_of, read_results, rich_tables
+from longrope_export.evaluate.journal import FORMAT, VERSION, Journal, journal_path
+from longrope_export.evaluate.results import cells_of, read_results, rich_tables, tables
 from longrope_export.evaluate.run import evaluate, open_journal
 from longrope_export.evaluate.settings import Cell, Settings, Text
 from longrope_export.evaluate.subjects import make_subjects
@@ -90,6 +90,11 @@ def test_what_a_journal_refuses(root: Path, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="not the journal"):
             Journal(path, settings, {})
         assert path.read_text() == content
+    older = f'{{"format": "{FORMAT}", "version": {VERSION - 1}, "settings": {{}}}}\n'
+    path.write_text(older)
+    with pytest.raises(OutputError, match=f"version is {VERSION - 1}, .*: give another -o, or"):
+        Journal(path, settings, {})
+    assert path.read_text() == older
 
 
 def test_begun_anew_only_when_there_is_something_new(tmp_path: Path) -> None:
@@ -168,7 +173,7 @@ def test_side_by_side(root: Path, tmp_path: Path) -> None:
     for kind, asked in (("passkey", 1), ("multikey", 2), ("multivalue", 2)):
         cells = {cell["model"]: cell for cell in cells_of(results, kind, length=900)}
         assert all(cell["numbers"] == asked for cell in cells.values())
-        assert cells["m + f"]["answers"] == cells["m-onnx"]["answers"]  # greedy, the same numbers
+        assert cells["m + f"]["answers"] == cells["m-onnx"]["answers"]
         assert cells["m"]["answers"] != cells["m + f"]["answers"]
     assert all(cell["peak_memory_bytes"] > 1 << 24 for cell in results["cells"])
     assert journal_path(tmp_path / "r.json").is_file()
@@ -229,6 +234,21 @@ def test_no_output_takes_the_place_of_what_is_not_ours(root: Path, tmp_path: Pat
         assert notes.read_text(encoding="latin-1") == content
     assert run_evaluate(root, "m", *words[2:], "--force", "-o", notes).exit_code == 0
     assert run_evaluate(root, "m", *words[2:], "-o", notes).exit_code == 0
+
+
+def test_how_hidden_numbers_are_shown() -> None:
+    def cell(task: str, right: int, loss: float | None, trial: int = 0) -> dict[str, Any]:
+        found = {"numbers_right": right, "numbers": 5, "digits_right": 6 * right, "digits": 30}
+        return {"task": task, "model": "m", "length": 64, "trial": trial, "loss": loss, **found}
+
+    for cells, shown in (
+        ([cell("multikey", 1, 2.0), cell("multikey", 3, 1.0, 1)], "4/10 (40%; 1.5)"),
+        ([cell("multikey", 1, 2.0), cell("multikey", 3, None, 1)], "4/10 (40%; -)"),
+        ([cell("multivalue", 5, None)], "5/5 (100%)"),
+    ):
+        (table,) = tables({"models": [{"label": "m"}], "cells": cells})
+        assert table.rows == (("m", shown),)
+        assert ("-ln p" in table.title) == (";" in shown)
 
 
 def test_brackets_in_names_are_shown() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -22,7 +24,9 @@ from longrope_export.evaluate.needle import (
     beginning,
     continuation,
     fit_prompt,
+    following,
     make_puzzle,
+    open_ended,
 )
 from longrope_export.evaluate.questions import compare_answers
 from longrope_export.evaluate.scoring import Generation
@@ -150,47 +154,119 @@ def test_right_answers_are_compared_as_in_one_forward_of_all(tmp_path: Path) -> 
         log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     for span, answer, question in zip(spans, found, puzzle.questions, strict=True):
         rows, right = log_p[torch.tensor(span) - 1], torch.tensor(ids)[span]
-        assert tokenizer.decode(right) == f" {question.values[0]}"
-        assert answer.text == tokenizer.decode(rows.argmax(-1))
-        assert answer.loss == pytest.approx(-rows[range(len(span)), right].sum().item(), rel=1e-4)
-        hits = rows.argmax(-1) == right
-        assert answer.numbers == int(hits.all())
-        assert answer.digits == sum(map(str.isdigit, tokenizer.decode(right[hits])))
+        assert tokenizer.decode(right) == f" {question.values[0]}" and len(span) > 3
+        hits = [bool(hit) for hit in rows.argmax(-1) == right]
+        loss = -rows[range(len(span)), right]
+        begins = [i for i, token in enumerate(right) if tokenizer.decode(token).strip()]
+        assert answer.loss == pytest.approx(loss[begins].sum().item(), rel=1e-4)
+        assert answer.numbers == int(all(hits[i] for i in begins))
+        miss = next((i for i in begins if not hits[i]), None)
+        until = [*right[:miss], rows[miss].argmax()] if miss is not None else right
+        assert answer.text == tokenizer.decode(until)
     assert generation.sequence.length == len(ids) - 1 <= 900
 
 
 class Knowing:
-    """Says what comes next in one text, whatever it was told; one byte is one token."""
+    """Says what comes next in one text, but for one place; begins texts with token 0, ends them with 1.
 
-    def __init__(self, text: str, wrong: int) -> None:
-        self.text, self.wrong, self.length = text.encode(), wrong, 0
+    Args:
+        size: characters of a token, if they are digits; other tokens are single characters.
+        wrong: in whose place it says `?` and then zeros.
+    """
+
+    def __init__(self, text: str, size: int, wrong: str) -> None:
+        self.size, self.pieces = size, ["", "", "?", "?0", "?00", "?000"]
+        self.ids = self.tokenize(text)[:-1]
+        self.wrong = self.ids.index(self.pieces.index(wrong)) if wrong else -1
+        self.length = 0
         self.info = SimpleNamespace(log_probabilities=None)
 
+    def tokenize(self, text: str) -> list[int]:
+        pieces = re.findall(rf"\d{{1,{self.size}}}|\D", text)
+        self.pieces += [piece for piece in dict.fromkeys(pieces) if piece not in self.pieces]
+        return [0, *map(self.pieces.index, pieces), 1]
+
     def append(self, tokens: list[int], *, keep: int | None = None) -> Any:
-        assert bytes(tokens) == self.text[self.length : self.length + len(tokens)]
+        assert tokens == self.ids[self.length : self.length + len(tokens)]
         self.length += len(tokens)
-        rows = torch.zeros(len(tokens), 256)
+        rows = np.zeros((len(tokens), len(self.pieces)), np.float32)
         for row, place in enumerate(range(self.length - len(tokens) + 1, self.length + 1)):
-            rows[row, self.text[place] if place != self.wrong else 63] = 9.0
-        return rows[-keep:].numpy() if keep else rows.numpy()
+            rows[row, self.ids[place] if place != self.wrong else 1 + self.size] = 30.0
+        return rows[-keep:] if keep else rows
 
     def detokenize(self, tokens: list[int]) -> str:
-        return bytes(tokens).decode()
+        return "".join(self.pieces[token] for token in tokens)
 
 
-def test_an_error_costs_one_digit_and_one_number() -> None:
-    puzzle = Puzzle("", (), (Question("A is:", ("123456",)), Question("B is:", ("654321",))))
-    whole = "Some text. A is: 123456.B is: 654321."
-    for wrong, expected in (
-        (-1, [(" 123456", 6, 1), (" 654321", 6, 1)]),
-        (whole.index("3456"), [(" 12?456", 5, 0), (" 654321", 6, 1)]),
-        (whole.index(" 654"), [(" 123456", 6, 1), ("?654321", 6, 0)]),
-    ):
-        knowing: Any = Knowing(whole, wrong)
-        prompt = list(b"Some text. A is:")
-        answers = compare_answers(Generation(knowing, knowing), puzzle, prompt, lambda t: list(t.encode()))  # fmt: skip
-        assert [(a.text, a.digits, a.numbers) for a in answers] == expected
-        assert knowing.length == len(whole) - 2  # the last digit and the full stop are not read
+@pytest.mark.parametrize(
+    ("size", "wrong", "expected"),
+    [
+        (1, "", [(" 123456", 6, 1), (" 987650", 6, 1)]),
+        (1, "3", [(" 12?", 2, 0), (" 987650", 6, 1)]),
+        (3, "", [(" 123456", 6, 1), (" 987650", 6, 1)]),
+        (3, "987", [(" 123456", 6, 1), (" ?00", 0, 0)]),
+        (3, "456", [(" 123?00", 3, 0), (" 987650", 6, 1)]),
+        (1, "9", [(" 123456", 6, 1), (" ?", 0, 0)]),
+        (1, "A", [(" 123456", 6, 1), (" 987650", 6, 1)]),
+    ],
+)
+def test_an_error_costs_what_is_behind_it_in_its_number(
+    size: int, wrong: str, expected: list[tuple[str, int, int]]
+) -> None:
+    questions = (Question("A is:", ("123456",)), Question("B is:", ("987650",)))
+    knowing: Any = Knowing("Some text. A is: 123456.B is: 987650.", size, wrong)
+    tokenize = open_ended(knowing.tokenize)
+    prompt = tokenize("Some text. A is:")
+    answers = list(
+        compare_answers(Generation(knowing, knowing), Puzzle("", (), questions), prompt, tokenize)
+    )
+    assert [(a.text, a.digits, a.numbers) for a in answers] == expected
+    for answer in answers:
+        assert answer.loss == pytest.approx(0 if answer.numbers else 30, abs=1e-3)
+    assert knowing.length == len(knowing.ids) - 2  # the last token and the full stop are not read
+
+
+def test_digits_within_a_token_count_up_to_the_first_that_is_wrong() -> None:
+    knowing: Any = Knowing("A is: 123456.", 3, "456")
+    knowing.pieces[4] = "459"
+    asked = Puzzle("", (), (Question("A is:", ("123456",)),))
+    tokenize = open_ended(knowing.tokenize)
+    (answer,) = compare_answers(Generation(knowing, knowing), asked, tokenize("A is:"), tokenize)
+    assert (answer.text, answer.digits, answer.numbers) == (" 123459", 5, 0)
+
+
+def test_a_space_before_a_number_is_not_judged() -> None:
+    knowing: Any = Knowing("A_is: 123456.", 1, " ")
+    asked = Puzzle("", (), (Question("A_is:", ("123456",)),))
+    tokenize = open_ended(knowing.tokenize)
+    (answer,) = compare_answers(Generation(knowing, knowing), asked, tokenize("A_is:"), tokenize)
+    assert (answer.text, answer.digits, answer.numbers) == (" 123456", 6, 1)
+    assert answer.loss == pytest.approx(0, abs=1e-3)
+
+
+def test_a_number_that_a_server_does_not_name_has_no_loss() -> None:
+    knowing: Any = Knowing("A is: 123456.", 1, "3")
+    append = knowing.append
+    knowing.append = lambda *given, **how: np.where((rows := append(*given, **how)) > 1, rows, np.nan)  # fmt: skip
+    knowing.info = SimpleNamespace(log_probabilities=1)
+    asked = Puzzle("", (), (Question("A is:", ("123456",)),))
+    tokenize = open_ended(knowing.tokenize)
+    (answer,) = compare_answers(Generation(knowing, knowing), asked, tokenize("A is:"), tokenize)
+    assert (answer.digits, answer.numbers, answer.loss) == (2, 0, None)
+
+
+def test_a_tokenizer_that_joins_question_and_answer_is_refused() -> None:
+    def tokenize(text: str) -> list[int]:
+        return list(map(ord, text.replace(": ", "\0")))
+
+    assert following("A is", ": 5", tokenize) == [0, ord("5")]
+    with pytest.raises(ConfigError, match="leave multikey out"):
+        following("A is:", " 5", tokenize)
+
+
+def test_nothing_is_taken_from_texts_of_a_tokenizer_that_adds_nothing() -> None:
+    assert open_ended(lambda text: list(map(ord, text)))("cd") == [99, 100]
+    assert open_ended(lambda text: [*map(ord, text), 1, 2])("cd") == [99, 100]
 
 
 def test_an_end_token_ends_an_answer(tmp_path: Path) -> None:

@@ -115,7 +115,10 @@ class Journal:
         if head.get("format") != FORMAT or not isinstance(head.get("settings"), dict):
             raise self._strange()
         if head.get("version") != VERSION:
-            raise OutputError(f"{self.path}: version is {head.get('version')}, expected {VERSION}")
+            raise OutputError(
+                f"{self.path}: version is {head.get('version')}, expected {VERSION}: give another -o, or "
+                "--force to begin anew"
+            )
         for name, value in known["settings"].items():
             if head["settings"].get(name) != value:
                 raise OutputError(

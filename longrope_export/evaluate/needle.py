@@ -265,3 +265,29 @@ def beginning(tokenize: Callable[[str], Sequence[int]]) -> list[int]:
     found = [list(tokenize(word)) for word in ("a", "b", "the", "The")]
     shared = zip(*found, strict=False)
     return [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, shared)]
+
+
+def open_ended(tokenize: Callable[[str], Sequence[int]]) -> Callable[[str], list[int]]:
+    """A tokenizer without the special tokens that it puts behind every text."""
+    found = [list(reversed(tokenize(word))) for word in ("a", "b", "the", "The")]
+    shared = zip(*found, strict=False)
+    count = len(list(itertools.takewhile(lambda ids: len(set(ids)) == 1, shared)))
+    return lambda text: list(tokenize(text))[: -count or None]
+
+
+def following(before: str, text: str, tokenize: Callable[[str], Sequence[int]]) -> list[int]:
+    """Token ids of a text behind another, as a tokenizer cuts them that reads both.
+
+    Args:
+        tokenize: open ended.
+
+    Raises:
+        ConfigError: it joins the end of the first with the beginning of the second.
+    """
+    head, whole = list(tokenize(before)), list(tokenize(before + text))
+    if whole[: len(head)] != head:
+        raise ConfigError(
+            f"this model's tokenizer does not cut {before[-20:] + text[:20]!r} between both: leave multikey "
+            "out (--keys 0)"
+        )
+    return whole[len(head) :]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from longrope_export.errors import ModelError
-from longrope_export.evaluate.needle import Puzzle, continuation
+from longrope_export.evaluate.needle import Puzzle, continuation, following
 from longrope_export.evaluate.scoring import Generation
 
 Tokenize = Callable[[str], list[int]]
@@ -19,10 +20,10 @@ class Answer:
 
     Attributes:
         expected: the numbers that are right.
-        text: what the model says.
+        text: what the model says; compared with the right number, up to the first token that is wrong.
         digits: that are right.
         numbers: that are right as a whole.
-        loss: -ln p of the right answer, nats; None for greedy answers, or where a server did not
+        loss: -ln p of the right number, nats; None for greedy answers, or where a server did not
             name one of its tokens.
     """
 
@@ -41,7 +42,7 @@ def answer_greedily(
     Args:
         generation: an empty sequence.
         prompt: ids that end with the first question.
-        tokenize: of the model, special tokens included.
+        tokenize: of the model, special tokens in front included.
 
     Raises:
         ModelError: as Generation.answer.
@@ -57,11 +58,14 @@ def answer_greedily(
 def compare_answers(
     generation: Generation, puzzle: Puzzle, prompt: Sequence[int], tokenize: Tokenize
 ) -> Iterator[Answer]:
-    """What the model holds for likeliest at each token of the right answers.
+    """What the model holds for likeliest where the right numbers stand.
 
-    Each question has the right answers to those before it in front of it, and each token the right ones
-    before it: a model that errs once, or repeats what it said, is not judged by that again and again. A
-    number is right where all of its tokens are the likeliest, so where a greedy answer would begin with it.
+    Each question has the right answers to those before it in front of it, so that a model that errs once, or
+    repeats what it said, is not judged by that again and again. Tokens without digits, as the space before
+    a number, are read and not judged. A number is right where each token of it is the likeliest behind those
+    before it; digits count up to the first that is wrong, since behind it the right ones show the way.
+
+    A model that copies any of k hidden numbers gets 1/k of them right, at ln k nats.
 
     Args:
         puzzle: with one number to a question.
@@ -69,6 +73,7 @@ def compare_answers(
 
     Raises:
         ModelError: as Generation.compare, or the runtime has no tokenizer.
+        ConfigError: as following.
     """
     given, before = prompt, ""
     for number, question in enumerate(puzzle.questions):
@@ -77,22 +82,35 @@ def compare_answers(
             given = following(before, f".{question.text}", tokenize)
         answer = following(question.text, f" {value}", tokenize)
         likeliest, losses = generation.compare(given, answer)
-        right = [one == other for one, other in zip(likeliest, answer, strict=True)]
-        digits = [sum(map(str.isdigit, _text(generation, [token]))) for token in answer]
-        loss = float(losses.sum())
+        pieces = [_text(generation, [token]) for token in answer]
+        judged = [any(map(str.isdigit, piece)) for piece in pieces]
+        said, digits, is_right = [], 0, True
+        for token, other, piece, counts in zip(answer, likeliest, pieces, judged, strict=True):
+            said.append(other if counts else token)
+            if counts and other != token:
+                digits += _same_digits(_text(generation, [other]), piece)
+                is_right = False
+                break
+            digits += len(_digits(piece))
+        loss = float(losses[judged].sum())
         yield Answer(
             question.values,
-            _text(generation, likeliest),
-            sum(count for count, is_right in zip(digits, right, strict=True) if is_right),
-            int(all(right)),
+            _text(generation, said),
+            digits,
+            int(is_right),
             None if math.isnan(loss) else loss,
         )
         before = f"{question.text} {value}"
 
 
-def following(before: str, text: str, tokenize: Tokenize) -> list[int]:
-    """Token ids of a text behind another, as a tokenizer cuts them that joins both."""
-    return tokenize(before + text)[len(tokenize(before)) :]
+def _digits(text: str) -> str:
+    return "".join(filter(str.isdigit, text))
+
+
+def _same_digits(one: str, other: str) -> int:
+    """How many digits two texts begin with alike."""
+    pairs = zip(_digits(one), _digits(other), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _text(generation: Generation, tokens: list[int]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrope_export.definition import to_json
 from longrope_export.errors import ModelError
-from longrope_export.evaluate.needle import KINDS, MULTIKEY
+from longrope_export.evaluate.needle import KINDS, MULTIKEY, MULTIVALUE, PASSKEY
 from longrope_export.evaluate.perplexity import perplexity_of
 from longrope_export.evaluate.settings import LM_EVAL, PERPLEXITY, Cell, Settings, Text
 from longrope_export.evaluate.subjects import Subject
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 FORMAT = "longrope-evaluation"
-VERSION = 1
+VERSION = 2
 _MIB = 1 << 20
-_NATS = "; -ln p of a number"  # 13.8 for six digits that are guessed
+_RIGHT = "numbers right of all (digits right"
+_KIND_TITLES = {
+    PASSKEY: f"passkey: {_RIGHT})",
+    MULTIKEY: f"multikey: {_RIGHT}; -ln p of a number)",
+    MULTIVALUE: f"multivalue: {_RIGHT})",
+}
 
 
 def make_results(
@@ -76,7 +81,9 @@ def read_results(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ModelError(f"{path}: not the results of longrope-export evaluate")
     if values.get("version") != VERSION:
-        raise ModelError(f"{path}: version is {values.get('version')}, this tool reads {VERSION}")
+        raise ModelError(
+            f"{path}: version is {values.get('version')}, this tool reads {VERSION}: evaluate again"
+        )
     return values
 
 
@@ -157,7 +164,7 @@ def tables(results: Mapping[str, Any]) -> Iterator[Table]:
         lengths = lengths_of(results, kind)
         if lengths:
             yield Table(
-                f"{kind}: numbers right of all (digits right{_NATS if kind == MULTIKEY else ''})",
+                _KIND_TITLES[kind],
                 ("model", *(f"{n:,}" for n in lengths)),
                 tuple((m, *(_found(cells_of(results, kind, m, n)) for n in lengths)) for m in models),
             )  # fmt: skip
@@ -193,9 +200,11 @@ def _found(cells: Sequence[Mapping[str, Any]]) -> str:
         return "-"
     right, asked = (sum(c[name] for c in cells) for name in ("numbers_right", "numbers"))
     digits = sum(c["digits_right"] for c in cells) / sum(c["digits"] for c in cells)
-    losses = [c["loss"] for c in cells if c.get("loss") is not None]
-    nats = f"; {sum(losses) / len(losses):.1f}" if len(losses) == len(cells) else ""
-    return f"{right}/{asked} ({digits:.0%}{nats})"
+    if cells[0]["task"] != MULTIKEY:
+        return f"{right}/{asked} ({digits:.0%})"
+    losses = [cell["loss"] for cell in cells]
+    nats = "-" if None in losses else f"{sum(losses) / len(losses):.1f}"
+    return f"{right}/{asked} ({digits:.0%}; {nats})"
 
 
 def _task_tables(results: Mapping[str, Any], models: Sequence[str]) -> Iterator[Table]:

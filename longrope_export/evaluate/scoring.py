@@ -113,6 +113,7 @@ class Generation:
         end_tokens: ids that end an answer.
         read: tokens that were given to it, and the seconds they took.
         made: tokens that it made, and the seconds.
+        compared: tokens of right answers that it was given, and the seconds.
     """
 
     runtime: Runtime
@@ -120,6 +121,7 @@ class Generation:
     end_tokens: frozenset[int] = frozenset()
     read: tuple[int, float] = (0, 0.0)
     made: tuple[int, float] = (0, 0.0)
+    compared: tuple[int, float] = (0, 0.0)
     _waiting: int | None = None  # a token that was made and not yet appended
 
     def answer(
@@ -141,7 +143,7 @@ class Generation:
         Raises:
             ModelError: the runtime has no tokenizer, or gives logits that are not numbers.
         """
-        rows = self._read(tokens, 1)
+        rows = self._read(tokens)
         made: list[int] = []
         text = ""
         while True:
@@ -177,17 +179,25 @@ class Generation:
         Raises:
             ModelError: the runtime gives logits that are not numbers.
         """
-        rows = self._read([*tokens, *answer[:-1]], len(answer))
+        rows = self._read(tokens)
+        if len(answer) > 1:
+            begun = time.perf_counter()
+            rows = np.concatenate([rows, self.sequence.append(answer[:-1])])
+            seconds = self.compared[1] + time.perf_counter() - begun
+            self.compared = (self.compared[0] + len(answer) - 1, seconds)
         self._waiting = answer[-1]
-        if np.isnan(rows).all(axis=1).any():
-            raise _not_numbers(self.runtime, self.sequence.length)
+        broken = np.isnan(rows).all(axis=1)
+        if broken.any():
+            first = self.sequence.length - len(rows) + 1 + int(broken.argmax())
+            raise _not_numbers(self.runtime, first)
         likeliest = [int(token) for token in np.nanargmax(rows, axis=1)]
         return likeliest, _losses(rows, answer, self.runtime.info.log_probabilities is None)
 
-    def _read(self, tokens: Sequence[int], keep: int) -> Logits:
+    def _read(self, tokens: Sequence[int]) -> Logits:
+        """The last row."""
         given = [*([] if self._waiting is None else [self._waiting]), *tokens]
         self._waiting = None
         begun = time.perf_counter()
-        rows = self.sequence.append(given, keep=keep)
+        rows = self.sequence.append(given, keep=1)
         self.read = (self.read[0] + len(given), self.read[1] + time.perf_counter() - begun)
         return rows

@@ -22,6 +22,7 @@ from longrope_export.evaluate.needle import (
     beginning,
     fit_prompt,
     make_puzzle,
+    open_ended,
 )
 from longrope_export.evaluate.perplexity import score_text
 from longrope_export.evaluate.questions import answer_greedily, compare_answers
@@ -172,7 +173,9 @@ class Session:
             count=counts.get(cell.task, 1),
         )
         haystack = self._texts[cell.text]
-        prompt, _ = fit_prompt(puzzle, haystack, cell.length, partial(tokenize, runtime))
+        prompt, _ = fit_prompt(
+            puzzle, haystack, cell.length, open_ended(partial(tokenize, runtime))
+        )
         return puzzle, prompt
 
     def _needle(self, runtime: Runtime, cell: Cell) -> dict[str, Any]:
@@ -181,7 +184,7 @@ class Session:
         sequence = runtime.start(declared_length=cell.length, chunk_size=READ_CHUNK)
         generation = Generation(runtime, sequence, self._ends)
         ask = compare_answers if cell.task == MULTIKEY else answer_greedily
-        answers = list(ask(generation, puzzle, prompt, partial(tokenize, runtime)))
+        answers = list(ask(generation, puzzle, prompt, open_ended(partial(tokenize, runtime))))
         asked = sum(len(answer.expected) for answer in answers)
         numbers = sum(answer.numbers for answer in answers)
         losses = [answer.loss for answer in answers if answer.loss is not None]
@@ -195,7 +198,7 @@ class Session:
             "loss": sum(losses) / asked if len(losses) == len(answers) else None,
             "prompt_tokens": len(prompt),
             "answers": [{"expected": list(a.expected), "answer": a.text} for a in answers],
-            "seconds": round(read[1] + made[1], 3),
+            "seconds": round(read[1] + made[1] + generation.compared[1], 3),
             "tokens_per_second": read[0] / max(read[1], 1e-9),
             "generated_per_second": made[0] / made[1] if made[0] else None,
         }

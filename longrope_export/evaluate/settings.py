@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from longrope_export.errors import ConfigError
-from longrope_export.evaluate.needle import KINDS
+from longrope_export.evaluate.needle import MULTIKEY, MULTIVALUE, PASSKEY
 
 PERPLEXITY, LM_EVAL = "perplexity", "lm-eval"
 
@@ -163,10 +163,9 @@ def _cells_of(settings: Settings, model: str, length: int, texts: Sequence[Text]
         haystack = texts[trial % len(texts)].name if texts else ""
         if settings.passkey:
             for depth in settings.depths:
-                yield Cell(KINDS[0], model, length, haystack, depth=depth, trial=trial)
+                yield Cell(PASSKEY, model, length, haystack, depth=depth, trial=trial)
         if settings.needle:
-            for kind, count in zip(
-                KINDS[1:], (settings.num_keys, settings.num_values), strict=True
-            ):
+            counts = {MULTIKEY: settings.num_keys, MULTIVALUE: settings.num_values}
+            for kind, count in counts.items():
                 if count:
                     yield Cell(kind, model, length, haystack, trial=trial)

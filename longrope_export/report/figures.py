@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from longrope_export.evaluate.needle import KINDS, PASSKEY
+from longrope_export.evaluate.needle import MULTIKEY, MULTIVALUE, PASSKEY
 from longrope_export.evaluate.perplexity import perplexity_of
 from longrope_export.evaluate.results import (
     cells_of,
@@ -62,7 +62,7 @@ def _result_plots(results: Mapping[str, Any], number: int) -> Iterator[Plot]:
             title = f"Passkey, digits right, {model}"
             draw = partial(_heat_map, results, model)
             yield Plot(f"passkey-{number}-{place}", "needles", title, draw)
-    for kind in KINDS[1:]:
+    for kind in (MULTIKEY, MULTIVALUE):
         if cells_of(results, kind):
             draw = partial(_found, results, kind)
             yield Plot(f"{kind}-{number}", "needles", f"{kind}, digits right", draw)

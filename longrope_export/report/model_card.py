@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from longrope_export.evaluate.needle import KINDS
+from longrope_export.evaluate.needle import KINDS, MULTIKEY
 from longrope_export.evaluate.perplexity import perplexity_of
 from longrope_export.evaluate.results import cells_of, labels, markdown_table, pooled_loss, tables
 from longrope_export.evaluate.settings import PERPLEXITY
@@ -127,7 +127,8 @@ def _metric(task: str, length: int, cells: Sequence[Mapping[str, Any]]) -> tuple
         value = perplexity_of(pooled_loss(cells))
         return "perplexity", f"Perplexity, windows of {length} tokens", round(value, 4)
     share = sum(c["numbers_right"] for c in cells) / sum(c["numbers"] for c in cells)
-    return "accuracy", f"{task} in {length} tokens, numbers found", round(share, 4)
+    how = ", compared with the right answers" if task == MULTIKEY else ""
+    return "accuracy", f"{task} in {length} tokens, numbers found{how}", round(share, 4)
 
 
 def _usage(inputs: ReportInputs) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.config import LongRopeConfig
+from longrope_export.evaluate.needle import MULTIKEY, MULTIVALUE, PASSKEY
 from longrope_export.evaluate.results import tables
 from longrope_export.finetune import tables as finetune_tables
 from longrope_export.report.drawing import Plot, inline_svg
@@ -40,6 +41,11 @@ for token in model.generate(model.tokenize("Once upon a time"), 100):
     print(model.detokenize([token]), end="", flush=True)"""
 _GENAI = """import onnxruntime_genai
 model = onnxruntime_genai.Model({path})"""
+
+_MULTIKEY_WORDS = (
+    "Several keys with a number each; all are asked for, in turn, with the right answers to those before. Digits "
+    "count up to the first that is wrong. A model that copies any of k numbers has 1/k of them right, at ln k nats."
+)
 
 
 def make_sections(inputs: ReportInputs, plots: Sequence[Plot]) -> list[tuple[str, str, Html]]:
@@ -199,12 +205,9 @@ def _tables(inputs: ReportInputs, title: str) -> Iterator[Html]:
 
 def _needle_words(inputs: ReportInputs) -> Iterator[Html]:
     for kind, words in (
-        ("passkey", "One number, hidden at several depths of a text of the given length."),
-        (
-            "multikey",
-            "Several keys with a number each; all are asked for, in turn, with the right answers to those before.",
-        ),
-        ("multivalue", "Several numbers of one key, asked for at once."),
+        (PASSKEY, "One number, hidden at several depths of a text of the given length."),
+        (MULTIKEY, _MULTIKEY_WORDS),
+        (MULTIVALUE, "Several numbers of one key, asked for at once."),
     ):
         found = [*_tables(inputs, kind)]
         if found:
