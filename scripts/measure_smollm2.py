@@ -178,6 +178,22 @@ def _announcer(seconds: dict[str, float]) -> Callable[[str, float], None]:
     return say
 
 
+def describe_own(model: dict[str, Any]) -> str:
+    """A paragraph on a variant of one's own; nothing on the others."""
+    label, config = model["label"], model["config"]
+    if label in VARIANTS.values():
+        return ""
+    came = config["provenance"]
+    named = {"method": "by", "ladder": "ladder", "search_documents": "found on"}
+    words = [f"{word} {_listed(came[key])}" for key, word in named.items() if key in came]
+    tiers = f"{len(config['tiers'])} tiers, rule {config['switch']}"
+    return f"`{label}` ([factors](measured/{label}.json)): {', '.join([tiers, *words])}.\n\n"
+
+
+def _listed(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def write_documents(
     results: dict[str, Any], tokens: int, *, dtype: str = "float32", root: Path = ROOT
 ) -> None:
@@ -201,11 +217,12 @@ def write_documents(
     save_plots(plots, root / "docs")
     for name in draw:
         (root / "docs" / f"{name}.svg").unlink()
+    own = "".join(describe_own(model) for model in results["models"])
     plot = "![Perplexity by window length]"
     positions = (
         f"![Perplexity by position in a window of {longest:,} tokens](evaluation-positions.png)"
     )
-    page = f"{HEAD}{text}\n{words}\n{plot}(evaluation.png)\n\n{positions}\n"
+    page = f"{HEAD}{own}{text}\n{words}\n{plot}(evaluation.png)\n\n{positions}\n"
     write_text(root / "docs" / "evaluation.md", page)
     write_block(BLOCK, f"{text}\n{plot}(docs/evaluation.png)", root / "README.md")
 

@@ -132,9 +132,10 @@ def test_what_is_written(subjects: list[Subject], tmp_path: Path) -> None:
     result = {"loss": 1.0, "scored_tokens": 9, "tokens_sha256": "0"}
     result["stretches"] = [[0, 250, 1.0, 249]]
     cells = [(Cell("perplexity", "none", n, "t", 1000), result) for n in (250, 500)]
-    results = make_results(subjects[:1], [Text("t", "")], SETTINGS, cells)
+    results = make_results(subjects[:3], [Text("t", "")], SETTINGS, cells)
     script.write_documents(results, 1000, dtype="bfloat16", root=tmp_path)
     page = (tmp_path / "docs" / "evaluation.md").read_text()
+    assert "`causal` ([factors](measured/causal.json)): 3 tiers, rule causal, by by hand." in page
     assert "Computed in bfloat16" in page and "Speed" not in page
     drawn = ("evaluation.md", "evaluation.png", "evaluation-positions.png")
     assert {path.name for path in (tmp_path / "docs").iterdir()} == set(drawn)
