@@ -150,3 +150,15 @@ def test_an_end_token_ends_a_generated_answer(tmp_path: Path) -> None:
 
     request = SimpleNamespace(args=("q", {"until": ["\n"], "max_gen_toks": 6}))
     assert RuntimeLM(Scripted(tmp_path), 512).generate_until([request]) == ["42"]
+
+
+def test_nothing_ends_a_request(tmp_path: Path) -> None:
+    """Some tokenizers put an end token behind every text."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from longrope_export.evaluate.lm_eval_model import RuntimeLM
+
+    runtime = Scripted(tmp_path)
+    runtime.tokenize = lambda text: [7, *map(ord, text), 0]
+    model = RuntimeLM(runtime, 512)
+    assert model.tok_encode("ab") == [7, 97, 98]
+    assert model.tok_encode("ab", add_special_tokens=False) == [97, 98]

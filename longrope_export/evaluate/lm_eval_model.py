@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from longrope_export.errors import ConfigError, ModelError
 from longrope_export.evaluate.end_tokens import end_tokens
-from longrope_export.evaluate.needle import beginning, continuation
+from longrope_export.evaluate.needle import beginning, continuation, open_ended
 from longrope_export.evaluate.scoring import READ_CHUNK, Generation, window_losses
 from longrope_export.gguf_format import read_header
 from longrope_export.models.torch_model import load_torch_tokenizer
@@ -63,7 +63,11 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
             return continuation(string, self._ids)
         return self._ids(string)
 
-    def _ids(self, text: str) -> list[int]:
+    @cached_property
+    def _ids(self) -> Callable[[str], list[int]]:
+        return open_ended(self._tokenize)
+
+    def _tokenize(self, text: str) -> list[int]:
         tokens = self._runtime.tokenize(text)
         if tokens is None:
             raise ModelError(f"{self._runtime.info.path} carries no tokenizer")
