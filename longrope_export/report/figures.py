@@ -96,6 +96,12 @@ def _perplexity_axis(axes: Any) -> None:
     axes.set_ylabel("perplexity")
 
 
+def _legend_below(figure: Any) -> None:
+    """Where no curve runs through it; a line has room for some 75 characters, 6 of them a handle's."""
+    longest = max((len(text) for text in figure.axes[0].get_legend_handles_labels()[1]), default=0)
+    figure.legend(loc="outside lower center", ncols=max(1, min(3, 75 // (longest + 6))))
+
+
 def by_length(results: Mapping[str, Any]) -> Any:
     """Perplexity of every model over the window length; a matplotlib Figure."""
     figure, axes = _new_figure()
@@ -110,7 +116,7 @@ def by_length(results: Mapping[str, Any]) -> Any:
             axes.plot(*zip(*points, strict=True), "o-", color=f"C{place}", label=as_label(model))
     _length_axis(axes, lengths, "window, tokens")
     _perplexity_axis(axes)
-    axes.legend()
+    _legend_below(figure)
     return figure
 
 
@@ -126,7 +132,7 @@ def by_position(results: Mapping[str, Any], length: int) -> Any:
     axes.set_xlim(0, length)
     axes.set_xlabel("position of the token in its window")
     _perplexity_axis(axes)
-    axes.legend()
+    _legend_below(figure)
     return figure
 
 
@@ -164,7 +170,7 @@ def _square(column: int, row: int, share: float) -> Any:
 
 
 def _found(results: Mapping[str, Any], kind: str) -> Any:
-    figure, axes = _new_figure(2.6)
+    figure, axes = _new_figure(3.2)
     lengths = lengths_of(results, kind)
     for place, model in enumerate(labels(results)):
         points = [
@@ -177,5 +183,5 @@ def _found(results: Mapping[str, Any], kind: str) -> Any:
     _length_axis(axes, lengths, "prompt, tokens")
     axes.set_ylim(-0.04, 1.04)
     axes.set_ylabel("digits right")
-    axes.legend()
+    _legend_below(figure)
     return figure
