@@ -207,7 +207,7 @@ def write_documents(
     computed = "" if dtype == "float32" else f" Computed in {dtype}."
     words = (
         f"Text: {names}, its first {tokens:,} tokens in windows side by side; the hidden numbers "
-        f"stand in the same text.{computed} {results['platform']}, {results['created'][:10]}.\n"
+        f"stand in the same text, too few for differences of one or two to mean much.{computed} {results['platform']}, {results['created'][:10]}.\n"
     )
     longest = max(lengths_of(results, PERPLEXITY))
     draw = {"evaluation": by_length, "evaluation-positions": partial(by_position, length=longest)}
