@@ -69,8 +69,13 @@ def unpack(archive: Path, folder: Path, *, sha256: str = SHA256, tree: str = TRE
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
         try:
             with tarfile.open(archive) as tar:
-                members = (m for m in tar if m.name.startswith(f"{tree}/"))
-                tar.extractall(temporary, members=members, filter="data")
+                # Pythons before 3.11.4 know no filter
+                tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+                members = [m for m in tar if m.name.startswith(f"{tree}/")]
+                for member in members:
+                    if ".." in member.name.split("/") or not (member.isfile() or member.isdir()):
+                        raise tarfile.TarError(f"{member.name} is a link, or lies outside")
+                tar.extractall(temporary, members=members)
         except tarfile.TarError as error:
             raise ToolError(f"{archive.name} cannot be unpacked: {error}") from error
         unpacked = Path(temporary, tree)
