@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from longrope_export.errors import ModelError
 from longrope_export.evaluate.needle import Puzzle, continuation, following
 from longrope_export.evaluate.scoring import Generation
 
@@ -82,20 +81,20 @@ def compare_answers(
             given = following(before, f".{question.text}", tokenize)
         answer = following(question.text, f" {value}", tokenize)
         likeliest, losses = generation.compare(given, answer)
-        pieces = [_text(generation, [token]) for token in answer]
+        pieces = [generation.text([token]) for token in answer]
         judged = [any(map(str.isdigit, piece)) for piece in pieces]
         said, digits, is_right = [], 0, True
         for token, other, piece, counts in zip(answer, likeliest, pieces, judged, strict=True):
             said.append(other if counts else token)
             if counts and other != token:
-                digits += _same_digits(_text(generation, [other]), piece)
+                digits += _same_digits(generation.text([other]), piece)
                 is_right = False
                 break
             digits += len(_digits(piece))
         loss = float(losses[judged].sum())
         yield Answer(
             question.values,
-            _text(generation, said),
+            generation.text(said),
             digits,
             int(is_right),
             None if math.isnan(loss) else loss,
@@ -111,10 +110,3 @@ def _same_digits(one: str, other: str) -> int:
     """How many digits two texts begin with alike."""
     pairs = zip(_digits(one), _digits(other), strict=False)
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-
-
-def _text(generation: Generation, tokens: list[int]) -> str:
-    text = generation.runtime.detokenize(tokens)
-    if text is None:
-        raise ModelError(f"{generation.runtime.info.path}: carries no tokenizer to read it with")
-    return text

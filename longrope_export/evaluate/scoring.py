@@ -153,10 +153,7 @@ class Generation:
             if token in self.end_tokens:
                 return made, text
             made.append(token)
-            said = self.runtime.detokenize(made)
-            if said is None:
-                raise ModelError(f"{self.runtime.info.path}: carries no tokenizer to read it with")
-            text = said
+            text = self.text(made)
             if len(made) == most or is_enough(text):
                 self._waiting = token
                 return made, text
@@ -192,6 +189,17 @@ class Generation:
             raise _not_numbers(self.runtime, first)
         likeliest = [int(token) for token in np.nanargmax(rows, axis=1)]
         return likeliest, _losses(rows, answer, self.runtime.info.log_probabilities is None)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens say.
+
+        Raises:
+            ModelError: the runtime has no tokenizer.
+        """
+        said = self.runtime.detokenize(tokens)
+        if said is None:
+            raise ModelError(f"{self.runtime.info.path}: carries no tokenizer to read it with")
+        return said
 
     def _read(self, tokens: Sequence[int]) -> Logits:
         """The last row."""

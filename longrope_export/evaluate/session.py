@@ -129,7 +129,7 @@ class Session:
             if cell.task == PERPLEXITY:
                 self._text_tokens(runtime, cell)
             else:
-                self._prompt(runtime, cell)
+                self._prompt(cell, open_ended(partial(tokenize, runtime)))
 
     def _text_tokens(self, runtime: Runtime, cell: Cell) -> list[int]:
         """Those that a perplexity reads."""
@@ -161,8 +161,8 @@ class Session:
         digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
         return {**score.to_json(), "tokens_sha256": digest}
 
-    def _prompt(self, runtime: Runtime, cell: Cell) -> tuple[Puzzle, list[int]]:
-        """What is asked, and the prompt that ends with the first question."""
+    def _prompt(self, cell: Cell, ids: Callable[[str], list[int]]) -> tuple[Puzzle, list[int]]:
+        """What is asked, and the prompt that ends with the first question, by an open-ended tokenizer."""
         counts = {MULTIKEY: self._settings.num_keys, MULTIVALUE: self._settings.num_values}
         puzzle = make_puzzle(
             cell.task,
@@ -173,18 +173,17 @@ class Session:
             count=counts.get(cell.task, 1),
         )
         haystack = self._texts[cell.text]
-        prompt, _ = fit_prompt(
-            puzzle, haystack, cell.length, open_ended(partial(tokenize, runtime))
-        )
+        prompt, _ = fit_prompt(puzzle, haystack, cell.length, ids)
         return puzzle, prompt
 
     def _needle(self, runtime: Runtime, cell: Cell) -> dict[str, Any]:
-        puzzle, prompt = self._prompt(runtime, cell)
+        ids = open_ended(partial(tokenize, runtime))
+        puzzle, prompt = self._prompt(cell, ids)
 
         sequence = runtime.start(declared_length=cell.length, chunk_size=READ_CHUNK)
         generation = Generation(runtime, sequence, self._ends)
         ask = compare_answers if cell.task == MULTIKEY else answer_greedily
-        answers = list(ask(generation, puzzle, prompt, open_ended(partial(tokenize, runtime))))
+        answers = list(ask(generation, puzzle, prompt, ids))
         asked = sum(len(answer.expected) for answer in answers)
         numbers = sum(answer.numbers for answer in answers)
         losses = [answer.loss for answer in answers if answer.loss is not None]
